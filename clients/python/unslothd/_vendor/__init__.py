@@ -1,0 +1,1 @@
+"""Stubs of buf.validate, under our own name."""

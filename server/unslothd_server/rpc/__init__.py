@@ -1,0 +1,1 @@
+"""The gRPC face: one short method an RPC, validation, and errors as statuses."""

@@ -1,0 +1,69 @@
+"""THE table from exception to gRPC status, and the way there and back through google.rpc.Status."""
+
+from google.protobuf.any_pb2 import Any
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd_server import errors
+
+DOMAIN = "unslothd"
+
+CODES: dict[type[errors.UnslothdError], code_pb2.Code] = {
+    errors.InvalidFieldsError: code_pb2.INVALID_ARGUMENT,
+    errors.DatasetError: code_pb2.INVALID_ARGUMENT,
+    errors.NotFoundError: code_pb2.NOT_FOUND,
+    errors.PreconditionError: code_pb2.FAILED_PRECONDITION,
+    errors.AlreadyExistsError: code_pb2.ALREADY_EXISTS,
+    errors.PermissionDeniedError: code_pb2.PERMISSION_DENIED,
+    errors.ExhaustedError: code_pb2.RESOURCE_EXHAUSTED,
+    errors.OutOfRangeError: code_pb2.OUT_OF_RANGE,
+    errors.UnavailableError: code_pb2.UNAVAILABLE,
+    errors.AbortedError: code_pb2.ABORTED,
+    errors.NotImplementedYetError: code_pb2.UNIMPLEMENTED,
+    errors.UnexpectedError: code_pb2.INTERNAL,
+}
+_CLASSES: dict[int, type[errors.UnslothdError]] = {
+    code_pb2.INVALID_ARGUMENT: errors.DatasetError,
+    **{code: kind for kind, code in CODES.items() if code != code_pb2.INVALID_ARGUMENT},
+}
+
+
+def to_status(error: errors.UnslothdError) -> status_pb2.Status:
+    """Returns the status of an error: code, text, ErrorInfo and, where fields are wrong, BadRequest."""
+    details = [
+        _packed(error_details_pb2.ErrorInfo(reason=error.reason_name, domain=DOMAIN, metadata=error.metadata)),
+    ]
+    if error.violations:
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.description)
+            for each in error.violations
+        ]
+        details.append(_packed(error_details_pb2.BadRequest(field_violations=violations)))
+    return status_pb2.Status(code=CODES[type(error)], message=error.message, details=details)
+
+
+def from_status(status: status_pb2.Status) -> errors.UnslothdError | None:
+    """Returns the error that `to_status` made the status of, or None when it was not made by us."""
+    info = error_details_pb2.ErrorInfo()
+    bad_request = error_details_pb2.BadRequest()
+    found = False
+    for detail in status.details:
+        found = (detail.Is(info.DESCRIPTOR) and detail.Unpack(info)) or found
+        if detail.Is(bad_request.DESCRIPTOR):
+            detail.Unpack(bad_request)
+    name = f"ERROR_REASON_{info.reason}"
+    if not found or info.domain != DOMAIN or name not in ErrorReason.keys():  # noqa: SIM118 - an enum wrapper
+        return None
+    kind = _CLASSES[status.code]
+    violations = [errors.FieldViolation(each.field, each.description) for each in bad_request.field_violations]
+    error = kind.__new__(kind)
+    errors.UnslothdError.__init__(
+        error, ErrorReason.Value(name), status.message, metadata=dict(info.metadata), violations=violations
+    )
+    return error
+
+
+def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> Any:
+    packed = Any()
+    packed.Pack(message)
+    return packed

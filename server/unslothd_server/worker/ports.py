@@ -1,0 +1,69 @@
+"""What the worker needs of an engine: the seam between a process that obeys and the code that trains."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from threading import Event
+from typing import Protocol
+
+from unslothd.v1.generation_pb2 import GenerateSummary
+from unslothd.v1.model_pb2 import LoadProgress, Model
+from unslothd.v1.service_pb2 import GenerateRequest
+from unslothd.v1.training_event_pb2 import TrainingCancelled, TrainingEvent, TrainingSucceeded
+from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
+from unslothd.worker.v1.worker_service_pb2 import LoadModelRequest, PrepareForTrainingRequest, StartTrainingRequest
+
+
+@dataclass
+class StopSignal:
+    """Asks a running training to stop; the engine looks at it at every step boundary.
+
+    Args:
+        requested: Set once someone asked.
+        save_checkpoint: Meaningful once requested: keep a checkpoint and the adapter so far.
+    """
+
+    requested: Event
+    save_checkpoint: bool = False
+
+
+class Engine(Protocol):
+    """One model and what can be done with it. Every call but `memory_bytes` comes from the main thread, one at a time.
+
+    Every failure that a user can cause or mend is raised as an `unslothd_server.errors.UnslothdError`.
+    """
+
+    def import_libraries(self) -> dict[str, str]:
+        """Does the heavy imports. Returns the versions of unsloth, torch, transformers, trl, peft, bitsandbytes."""
+        ...
+
+    def load(
+        self, bootstrap: WorkerBootstrap, request: LoadModelRequest, report: Callable[[LoadProgress], None]
+    ) -> Model:
+        """Loads the model; `report` is called whenever a progress bar should move.
+
+        Returns everything of Model that the engine knows: all but model_id, state, load_time, active_training_id.
+        """
+        ...
+
+    def prepare(self, request: PrepareForTrainingRequest) -> Model:
+        """Attaches the adapter. Returns the model as `load` does, with trainable_params and lora filled in."""
+        ...
+
+    def train(
+        self, request: StartTrainingRequest, emit: Callable[[TrainingEvent], None], stop: StopSignal
+    ) -> TrainingSucceeded | TrainingCancelled:
+        """Trains to the end, or to the step boundary after `stop.requested`.
+
+        `emit` takes an event of which only the kind is set, and returns once it is in the log: started, step,
+        evaluation, checkpoint_saved, warning. The worker adds the state and the terminal events.
+        Nothing is written to request.output_dir before the rows are known to be trainable.
+        """
+        ...
+
+    def generate(self, request: GenerateRequest, cancelled: Event) -> Iterator[str | GenerateSummary]:
+        """Yields text as it comes and the summary as the last item; ends early once `cancelled` is set."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Bytes that this process holds on its device now. Callable from any thread, also before `load`."""
+        ...

@@ -1,0 +1,1 @@
+"""Worker processes from the outside: start, talk to, stop, tell dead from alive."""
