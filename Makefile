@@ -1,0 +1,72 @@
+# Everything a person or CI runs. `make` alone lists it. Each target sets up what it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Go and Node from .tools come first, where scripts/toolchain.sh had to put them there.
+export PATH := $(CURDIR)/.tools/bin:$(PATH)
+
+# Stamp files: what they depend on is what makes an environment stale.
+READY := .venv/.ready
+GENERATE_READY := .venv-generate/.ready
+NODE_READY := clients/typescript/node_modules/.ready
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
+
+.PHONY: setup
+setup: $(READY) ## make .venv with everything: the server, the clients, the tools (Linux: about 7 GB, most of it CUDA)
+
+$(READY): requirements/dev.txt requirements/no-deps.txt requirements/uv.txt pyproject.toml scripts/venv.sh
+	@echo "setting up .venv"
+	@scripts/venv.sh .venv -r requirements/dev.txt -r requirements/no-deps.txt -e .
+	@touch $@
+
+$(GENERATE_READY): requirements/generate.txt requirements/uv.txt scripts/venv.sh
+	@echo "setting up .venv-generate"
+	@scripts/venv.sh .venv-generate -r requirements/generate.txt
+	@touch $@
+
+.PHONY: toolchain
+toolchain: $(GENERATE_READY)
+	@scripts/toolchain.sh .venv-generate
+
+$(NODE_READY): clients/typescript/package-lock.json | toolchain
+	@echo "setting up clients/typescript"
+	@cd clients/typescript && npm ci --silent --no-audit --no-fund
+	@touch $@
+
+.PHONY: test
+test: $(READY) $(GENERATE_READY) $(NODE_READY) toolchain ## every check and every test that needs no GPU
+	@.venv/bin/python scripts/stages.py test
+
+.PHONY: lint
+lint: $(READY) $(GENERATE_READY) $(NODE_READY) toolchain ## the checks that run no tests: style, types, imports, protos, stubs
+	@.venv/bin/python scripts/stages.py lint
+
+.PHONY: format
+format: $(READY) $(GENERATE_READY) toolchain ## lay out Python, Go and protos the usual way
+	@.venv/bin/ruff check --quiet --fix-only && .venv/bin/ruff format --quiet
+	@.venv-generate/bin/buf format --write --exclude-path protos/third_party
+	@cd clients/go && go fmt ./...
+
+.PHONY: demo
+demo: $(READY) ## fine-tune a real model on this machine, watched live
+	@.venv/bin/python examples/demo.py
+
+.PHONY: bench
+bench: $(READY) ## measure what the service costs
+	@.venv/bin/python benchmarks/run.py
+
+.PHONY: generate
+generate: $(GENERATE_READY) $(NODE_READY) toolchain ## write the stubs of every language
+	@.venv-generate/bin/python scripts/generate.py
+
+.PHONY: check-generated
+check-generated: $(GENERATE_READY) $(NODE_READY) toolchain ## fail when the stubs do not fit the protos
+	@.venv-generate/bin/python scripts/generate.py --check
+
+.PHONY: lock
+lock: $(GENERATE_READY) ## compile requirements/*.txt anew, with the newest versions that fit together
+	@scripts/lock.sh .venv-generate
