@@ -1,7 +1,7 @@
 """THE table from exception to gRPC status, and the way there and back through google.rpc.Status."""
 
 from google.protobuf.any_pb2 import Any
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2  # pyright: ignore[reportMissingTypeStubs]
 
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd_server import errors
@@ -48,9 +48,8 @@ def from_status(status: status_pb2.Status) -> errors.UnslothdError | None:
     bad_request = error_details_pb2.BadRequest()
     found = False
     for detail in status.details:
-        found = (detail.Is(info.DESCRIPTOR) and detail.Unpack(info)) or found
-        if detail.Is(bad_request.DESCRIPTOR):
-            detail.Unpack(bad_request)
+        found = (detail.Unpack(info)) or found
+        detail.Unpack(bad_request)  # leaves it empty when the detail is something else
     name = f"ERROR_REASON_{info.reason}"
     if not found or info.domain != DOMAIN or name not in ErrorReason.keys():  # noqa: SIM118 - an enum wrapper
         return None

@@ -1,0 +1,174 @@
+"""`unslothd serve`: puts the parts together, serves until a signal, ends cleanly."""
+
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+import typer
+
+from unslothd._version import __version__
+from unslothd_server.app.models import Models
+from unslothd_server.app.paths import AllowedRoots
+from unslothd_server.app.service import Service
+from unslothd_server.app.training_store import TrainingStore
+from unslothd_server.app.trainings import Trainings
+from unslothd_server.config import ConfigError, Settings, load_settings
+from unslothd_server.rpc.server import RpcServer
+from unslothd_server.workers.devices import HostDevices
+from unslothd_server.workers.launcher import LocalLauncher
+from unslothd_server.workers.leftovers import end_leftover_workers
+
+_GRACE_SECONDS = 5.0
+
+log = structlog.get_logger()
+
+
+def run(argv: list[str]) -> int:
+    """Runs `unslothd serve` with its arguments; returns the exit code: 0 ended by a signal, 1 could not, 2 usage."""
+    app = typer.Typer(add_completion=False)
+    app.command()(serve_command)
+    try:
+        app(args=argv, prog_name="unslothd serve", standalone_mode=False)
+    except typer.Exit as ended:
+        return ended.exit_code
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        if not hasattr(error, "show"):
+            raise
+        error.show()  # type: ignore[attr-defined] - click's usage errors print themselves
+        return 2
+    return 0
+
+
+def serve_command(
+    listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT to serve on; port 0 takes a free one. [default: 127.0.0.1:50051]")
+    ] = None,
+    home: Annotated[
+        Path | None, typer.Option(help="Folder for the server's state: workers, trainings. [default: ~/.unslothd]")
+    ] = None,
+    output_root: Annotated[
+        Path | None, typer.Option(help="Folder for adapters, checkpoints and logs. [default: ./unslothd-output]")
+    ] = None,
+    model_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder that models and datasets may be read from. Repeat it for several."),
+    ] = None,
+    allow_insecure_listen: Annotated[
+        bool | None,
+        typer.Option("--allow-insecure-listen", help="Serve on an address that other hosts reach, without TLS."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Run code that model repositories bring along.")
+    ] = None,
+    max_loaded_models: Annotated[int | None, typer.Option(help="Most models at a time. [default: 8]")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every call.")] = False,
+) -> None:
+    """Serves fine-tuning over gRPC until Ctrl-C.
+
+    Every option can also be an environment variable: --home is UNSLOTHD_HOME, and so on; flags win.
+
+    Example: unslothd serve --listen 127.0.0.1:50051 --home ~/.unslothd --output-root ~/adapters --model-root ~/models
+    """
+    _set_up_logging(verbose=verbose)
+    try:
+        settings = load_settings(
+            listen=listen,
+            home=home,
+            output_root=output_root,
+            model_roots=tuple(model_root) if model_root else None,
+            allow_insecure_listen=allow_insecure_listen,
+            trust_remote_code=trust_remote_code,
+            max_loaded_models=max_loaded_models,
+        )
+    except ConfigError as error:
+        typer.echo(f"unslothd serve cannot start with these settings:\n{error}", err=True)
+        raise typer.Exit(2) from None
+    try:
+        asyncio.run(serve(settings))
+    except OSError as error:
+        typer.echo(f"unslothd serve: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+async def serve(settings: Settings, *, worker_command: tuple[str, ...] | None = None) -> None:
+    """Serves until SIGINT or SIGTERM.
+
+    Args:
+        settings: Checked settings.
+        worker_command: How a worker is started, without its folder; tests start doubles.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    service = await build_service(settings, worker_command=worker_command)
+    server = RpcServer(service, settings.max_message_bytes)
+    port = await server.start(settings.listen)
+    host = settings.listen.rpartition(":")[0]
+    # Scripts and tests wait for this line, on stdout.
+    print(f"unslothd {__version__} is serving on {host}:{port}", flush=True)  # noqa: T201
+    log.info("ready", home=str(settings.home), output_root=str(settings.output_root), roots=_texts(settings))
+    await stop.wait()
+    log.info("stopping", hint="models are unloaded; press Ctrl-C only once")
+    await server.announce_stop()
+    await service.close()
+    await server.stop(_GRACE_SECONDS)
+    log.info("stopped")
+
+
+async def build_service(settings: Settings, *, worker_command: tuple[str, ...] | None = None) -> Service:
+    """Makes the folders and the parts, and brings the state of an earlier server up to date."""
+    for folder in (settings.home, settings.output_root):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    await end_leftover_workers(settings.home)
+    roots = AllowedRoots([*settings.model_roots, settings.output_root])
+    trainings = Trainings(
+        TrainingStore(settings.home / "trainings", settings.output_root),
+        roots,
+        max_queued=settings.max_queued_trainings,
+        heartbeat_seconds=settings.heartbeat_seconds,
+    )
+    trainings.recover()
+    models = Models(
+        LocalLauncher(settings.home, trust_remote_code=settings.trust_remote_code, command=worker_command),
+        HostDevices(),
+        roots,
+        max_loaded=settings.max_loaded_models,
+        result_of=trainings.result_of,
+    )
+    return Service(
+        models,
+        trainings,
+        max_message_bytes=settings.max_message_bytes,
+        max_loaded_models=settings.max_loaded_models,
+        max_queued_trainings=settings.max_queued_trainings,
+    )
+
+
+def _texts(settings: Settings) -> list[str]:
+    return [str(root) for root in settings.model_roots]
+
+
+def _set_up_logging(*, verbose: bool) -> None:
+    """Logs go to stderr: for people on a terminal, as JSON elsewhere."""
+    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""The events of one training for any number of watchers: recent ones from memory, older ones from the log file."""
+
+from collections import deque
+from collections.abc import AsyncIterator
+from itertools import islice
+from pathlib import Path
+
+from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd.v1.service_pb2 import WatchTrainingResponse
+from unslothd.v1.training_event_pb2 import Heartbeat, TrainingEvent
+from unslothd.v1.training_pb2 import Training
+from unslothd_server.app.broadcast import WakeUp
+from unslothd_server.app.training_state import is_final, now
+from unslothd_server.errors import OutOfRangeError, UnslothdError
+from unslothd_server.event_log import EventLogReader
+
+# Frames kept in memory for a training that runs; a watcher that is further behind reads the file.
+_FRAMES_IN_MEMORY = 4096
+# Frames handed to a watcher at a time, so that one far behind does not hold up the others.
+_FRAMES_A_READ = 256
+
+
+class EventFeed:
+    """Fan-out of one event log. A watcher is a position in it and nothing else, so none can hold up another.
+
+    Args:
+        training: Its `last_sequence` and `state` say where the log is; kept up to date by the owner.
+        log: The event log.
+    """
+
+    def __init__(self, training: Training, log: Path) -> None:
+        self._training = training
+        self._reader = EventLogReader(log)
+        self._recent: deque[bytes] = deque(maxlen=_FRAMES_IN_MEMORY)
+        self._changed = WakeUp()
+        self._interruption: UnslothdError | None = None
+
+    def publish(self, event: TrainingEvent) -> None:
+        """Shows watchers the next event; it is in the log and applied to the training already."""
+        self._recent.append(WatchTrainingResponse(event=event).SerializeToString())
+        if is_final(self._training):
+            self._recent.clear()  # what is over is read from the file
+        self._changed.notify()
+
+    def interrupt(self, error: UnslothdError) -> None:
+        """Ends every watch with an error, e.g. because the server is stopping."""
+        self._interruption = error
+        self._changed.notify()
+
+    async def follow(self, after_sequence: int, heartbeat_seconds: float) -> AsyncIterator[bytes]:
+        """Yields encoded WatchTrainingResponse frames (TrainResponse has the same encoding), then ends.
+
+        Args:
+            after_sequence: Last sequence that the watcher has.
+            heartbeat_seconds: Silence after which a heartbeat is sent.
+
+        Raises:
+            OutOfRangeError: after_sequence is beyond the log.
+        """
+        last = self._training.last_sequence
+        if after_sequence > last:
+            raise OutOfRangeError(
+                ErrorReason.ERROR_REASON_SEQUENCE_OUT_OF_RANGE,
+                f"after_sequence {after_sequence} is beyond the log, which ends at {last}; watch from there or before.",
+                metadata={"last_sequence": str(last)},
+            )
+        position = after_sequence
+        while True:
+            frames = self._read(position)
+            for frame in frames:
+                yield frame
+            position += len(frames)
+            if frames:
+                continue
+            if is_final(self._training):
+                return
+            if self._interruption is not None:
+                raise self._interruption
+            if not await self._changed.wait(heartbeat_seconds):
+                yield self._heartbeat()
+
+    def _read(self, position: int) -> list[bytes]:
+        """Frames after a position; empty when the watcher has all."""
+        behind = self._training.last_sequence - position
+        if behind <= 0:
+            return []
+        if behind <= len(self._recent):
+            start = len(self._recent) - behind
+            return [self._recent[index] for index in range(start, min(start + _FRAMES_A_READ, len(self._recent)))]
+        return [entry.frame for entry in islice(self._reader.read(position), _FRAMES_A_READ)]
+
+    def _heartbeat(self) -> bytes:
+        event = TrainingEvent(
+            training_id=self._training.training_id, event_time=now(), heartbeat=Heartbeat(state=self._training.state)
+        )
+        return WatchTrainingResponse(event=event).SerializeToString()

@@ -1,0 +1,88 @@
+"""The whole service in its own words: models and trainings together, and what concerns both."""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from unslothd._version import __version__
+from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd.v1.server_info_pb2 import ServerLimits
+from unslothd.v1.service_pb2 import GetServerInfoResponse
+from unslothd_server.app.models import Models
+from unslothd_server.app.trainings import Trainings
+from unslothd_server.errors import PreconditionError, UnavailableError
+
+ENGINE_PACKAGES = ("unsloth", "unsloth-zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes")
+MAX_INLINE_BYTES = 4 * 1024 * 1024  # as the rule of InlineRows.data in the contract
+
+
+@dataclass
+class Service:
+    """What the RPCs call.
+
+    Args:
+        models: Loaded models.
+        trainings: Trainings and their queues.
+        max_message_bytes: Largest request.
+        max_loaded_models: Most models at a time.
+        max_queued_trainings: Most trainings that wait on one model.
+    """
+
+    models: Models
+    trainings: Trainings
+    max_message_bytes: int
+    max_loaded_models: int
+    max_queued_trainings: int
+
+    def server_info(self) -> GetServerInfoResponse:
+        """Versions, devices and limits."""
+        return GetServerInfoResponse(
+            server_version=__version__,
+            engine_versions=_engine_versions(),
+            devices=self.models.devices(),
+            limits=ServerLimits(
+                max_message_bytes=self.max_message_bytes,
+                max_inline_bytes=MAX_INLINE_BYTES,
+                max_loaded_models=self.max_loaded_models,
+                max_queued_trainings=self.max_queued_trainings,
+            ),
+        )
+
+    async def unload(self, model_id: str, *, force: bool) -> int:
+        """Unloads a model; returns the bytes that its device has back.
+
+        Raises:
+            PreconditionError: MODEL_BUSY, when trainings run or wait on it and force is false.
+        """
+        self.models.get(model_id)
+        pending = self.trainings.pending_on(model_id)
+        if pending and not force:
+            raise PreconditionError(
+                ErrorReason.ERROR_REASON_MODEL_BUSY,
+                f'{len(pending)} training(s) run or wait on "{model_id}": {pending[0].training_id}. '
+                "Wait for the end, cancel them, or unload with force, which cancels them with a checkpoint.",
+            )
+        if pending:
+            await self.trainings.stop_all_on(model_id, self.models)
+        return await self.models.unload(model_id)
+
+    async def close(self) -> None:
+        """Ends watches with a resumable error, then the workers, then what waited for them."""
+        self.trainings.interrupt_watchers(
+            UnavailableError(
+                ErrorReason.ERROR_REASON_SERVER_STOPPING,
+                "The server is stopping. Once it is back, WatchTraining after your last sequence shows the rest.",
+            )
+        )
+        await self.models.close()
+        await self.trainings.close()
+
+
+def _engine_versions() -> dict[str, str]:
+    """Versions by package metadata: the packages themselves are never imported here."""
+    versions: dict[str, str] = {}
+    for package in ENGINE_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
