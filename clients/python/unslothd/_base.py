@@ -1,0 +1,98 @@
+"""What both clients are made of: settings, channel options, and the flow behind each method."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from unslothd import _flows, _requests
+from unslothd._drive import Metadata
+from unslothd._retry import Peer, Retry
+from unslothd.v1 import model_pb2, service_pb2
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+DEFAULT_TIMEOUT = 60.0
+DEFAULT_RECONNECT_TIMEOUT = 120.0
+# Attaching an adapter to a large model, and ending a worker, take longer than a look-up.
+_SLOW_TIMEOUT = 600.0
+
+_CHANNEL_OPTIONS: dict[str, int] = {
+    # Notices a dead peer within 40 s, also while the server is silent.
+    "grpc.keepalive_time_ms": 30_000,
+    "grpc.keepalive_timeout_ms": 10_000,
+    "grpc.http2.max_pings_without_data": 0,
+    # gRPC waits up to 2 minutes between its own attempts to connect; calls fail at once in the meantime.
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.min_reconnect_backoff_ms": 1_000,
+    "grpc.max_reconnect_backoff_ms": 2_000,
+    # A client of its own: another client's failed attempts do not delay this one.
+    "grpc.use_local_subchannel_pool": 1,
+    "grpc.max_send_message_length": -1,
+    "grpc.max_receive_message_length": 64 * 1024 * 1024,
+}
+
+
+class BaseClient:
+    """Settings of a client, and the flows that its methods run.
+
+    Args:
+        target: HOST:PORT of the server; None = the environment variable UNSLOTHD_TARGET, else 127.0.0.1:50051.
+        credentials: For TLS, e.g. grpc.ssl_channel_credentials(); None = plain text.
+        metadata: Sent with every call, e.g. {"authorization": "Bearer …"}.
+        timeout: Seconds for one call that is not a stream; prepare and unload_model have at least ten minutes.
+        reconnect_timeout: Seconds without progress after which a lost connection is given up. A server that has never
+            answered is given up sooner.
+        options: More gRPC channel options; they win over the client's own.
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Mapping[str, str] | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        reconnect_timeout: float = DEFAULT_RECONNECT_TIMEOUT,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.target = target or os.environ.get("UNSLOTHD_TARGET") or DEFAULT_TARGET
+        self.timeout = timeout
+        self.reconnect_timeout = reconnect_timeout
+        self._credentials = credentials
+        self._metadata: Metadata = tuple((metadata or {}).items())
+        self._options: list[tuple[str, Any]] = list({**_CHANNEL_OPTIONS, **(options or {})}.items())
+        self._peer = Peer()
+
+    def _stream_retry(self) -> Retry:
+        return Retry(self._peer, self.reconnect_timeout)
+
+    def _unary_flow(
+        self, method: str, request: Message, *, slow: bool = False, repeatable: bool = True
+    ) -> _flows.Flow[Any, Any]:
+        timeout = max(self.timeout, _SLOW_TIMEOUT) if slow else self.timeout
+        patience = min(self.timeout, self.reconnect_timeout) if repeatable else 0.0
+        return _flows.unary(method, request, timeout, Retry(self._peer, patience, first_contact=0.0))
+
+    def _load_flow(
+        self, model_name: str, request_id: str | None, options: _requests.LoadOptions
+    ) -> _flows.Flow[model_pb2.LoadProgress, model_pb2.Model]:
+        return _flows.load(_requests.load_model(model_name, request_id, options), self._stream_retry())
+
+    def _train_flow(self, request: service_pb2.TrainRequest, cursor: _flows.Cursor) -> _flows.Flow[Any, _flows.Outcome]:
+        return _flows.train(request, cursor, self._stream_retry())
+
+    def _watch_flow(self, cursor: _flows.Cursor) -> _flows.Flow[Any, _flows.Outcome]:
+        return _flows.watch(cursor, self._stream_retry(), self.timeout)
+
+    def _list_trainings_flow(
+        self,
+        model: _requests.ModelLike | None,
+        states: Sequence[_requests.TrainingState],
+        labels: Mapping[str, str] | None,
+        limit: int | None,
+    ) -> _flows.Flow[Any, Any]:
+        request = _requests.list_trainings(model, states, labels, min(limit or 1000, 1000))
+        retry = Retry(self._peer, min(self.timeout, self.reconnect_timeout), first_contact=0.0)
+        return _flows.list_trainings(request, limit, self.timeout, retry)

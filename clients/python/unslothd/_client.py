@@ -1,0 +1,256 @@
+"""The synchronous client."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from unslothd import _base, _flows, _requests
+from unslothd._datasets import DatasetLike
+from unslothd._drive import SyncDriver, Transport
+from unslothd._requests import DisconnectPolicyName, LoraOptions, ModelLike, Prompt, TrainingLike, TrainingState
+from unslothd._row_format import Layout
+from unslothd._runs import TextStream, TrainingRun
+from unslothd.v1 import model_pb2, service_pb2, training_pb2
+from unslothd.v1.dataset_pb2 import RowFormat
+from unslothd.v1.service_pb2_grpc import UnslothServiceStub
+
+ResultT = TypeVar("ResultT")
+
+
+class Client(_base.BaseClient):
+    """Talks to an unslothd server. Safe to share between threads.
+
+    Example:
+        >>> with unslothd.Client("127.0.0.1:50051") as client:
+        ...     model = client.load_model("unsloth/Llama-3.2-1B-Instruct")
+        ...     client.prepare(model, learning_rate=1e-4, lora={"r": 8})
+        ...     for event in client.train(model, [{"text": "…"}], max_steps=10):
+        ...         print(event)
+
+    Every method is one call of the contract (`unslothd.v1.UnslothService`); `stub` gives the others. A connection that
+    is lost while a stream is read is taken up again; unary calls are repeated while the server is away, once it has
+    answered before.
+    """
+
+    @cached_property
+    def channel(self) -> grpc.Channel:
+        """The connection; opened at the first use."""
+        if self._credentials is not None:
+            return grpc.secure_channel(self.target, self._credentials, options=self._options)
+        return grpc.insecure_channel(self.target, options=self._options)
+
+    @cached_property
+    def stub(self) -> UnslothServiceStub:
+        """The generated stub, for calls that have no method here. Its errors are grpc.RpcError."""
+        return UnslothServiceStub(self.channel)
+
+    @cached_property
+    def _transport(self) -> Transport:
+        return Transport(self.stub, self.target, self._metadata)
+
+    def close(self) -> None:
+        """Ends the connection. What runs on the server goes on."""
+        self.channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def server_info(self) -> service_pb2.GetServerInfoResponse:
+        """Returns versions, devices and limits of the server."""
+        return self._call(self._unary_flow("GetServerInfo", service_pb2.GetServerInfoRequest()))
+
+    def load_model(
+        self,
+        model_name: str,
+        *,
+        request_id: str | None = None,
+        on_progress: Callable[[model_pb2.LoadProgress], None] | None = None,
+        **options: Unpack[_requests.LoadOptions],
+    ) -> model_pb2.Model:
+        """Loads a model into a worker of its own and waits until it is ready.
+
+        Args:
+            model_name: Hub id, folder or "*.gguf" file on the server, a saved adapter, or "training:<training_id>".
+            request_id: A call with an id that was used before attaches to that load; default: a new one.
+            on_progress: Called with each step of the load.
+            **options: max_seq_length (tokens, default 2048), load_in_4bit (default: true where the device can),
+                token (Hugging Face; never stored or logged), device_map ("auto", "cpu", "cuda" or "cuda:N"), dtype
+                ("bfloat16", "float16" or "float32"), revision (branch, tag or commit), full_finetuning (train all
+                weights instead of an adapter).
+
+        Raises:
+            NotFound: No such model. PermissionDenied, FailedPrecondition, ResourceExhausted: see `reason`.
+            Unavailable: The server or the Hub cannot be reached.
+        """
+        driver = SyncDriver(self._load_flow(model_name, request_id, options), self._transport)
+        for progress in driver:
+            if on_progress is not None:
+                on_progress(progress)
+        return driver.result
+
+    def get_model(self, model: ModelLike) -> model_pb2.Model:
+        """Returns a model as it is now."""
+        request = service_pb2.GetModelRequest(model_id=_requests.model_id(model))
+        return (self._call(self._unary_flow("GetModel", request))).model
+
+    def list_models(self) -> list[model_pb2.Model]:
+        """Returns all models, in the order of their loading."""
+        response = self._call(self._unary_flow("ListModels", service_pb2.ListModelsRequest()))
+        return list(response.models)
+
+    def prepare(
+        self,
+        model: ModelLike,
+        *,
+        lora: model_pb2.LoraConfig | LoraOptions | None = None,
+        training_config: training_pb2.TrainingConfig | None = None,
+        **options: Unpack[_requests.TrainingOptions],
+    ) -> service_pb2.PrepareForTrainingResponse:
+        """Attaches trainable parameters and sets the config of the trainings on this model.
+
+        Args:
+            model: Model or its id.
+            lora: The adapter, e.g. {"r": 8, "target_modules": ["q_proj", "v_proj"]}; None = the defaults.
+            training_config: Hyper-parameters as a message; `options` win over it.
+            **options: Hyper-parameters by name, e.g. learning_rate=1e-4.
+
+        Returns:
+            The model, and config and adapter with every field set.
+
+        Raises:
+            FailedPrecondition: MODEL_NOT_READY, MODEL_BUSY, or ALREADY_PREPARED with another adapter.
+        """
+        request = _requests.prepare(model, training_config, lora, options)
+        return self._call(self._unary_flow("PrepareForTraining", request, slow=True))
+
+    def unload_model(self, model: ModelLike, *, force: bool = False) -> int:
+        """Ends the worker of a model and returns the bytes of memory that this gave back.
+
+        Args:
+            model: Model or its id.
+            force: Cancel its trainings (with a checkpoint) instead of refusing.
+        """
+        request = service_pb2.UnloadModelRequest(model_id=_requests.model_id(model), force=force)
+        flow = self._unary_flow("UnloadModel", request, slow=True, repeatable=False)
+        return (self._call(flow)).freed_memory_bytes
+
+    def train(
+        self,
+        model: ModelLike,
+        train_dataset: DatasetLike,
+        eval_dataset: DatasetLike | None = None,
+        *,
+        row_format: Layout | RowFormat | None = None,
+        template: str = "",
+        training_config: training_pb2.TrainingConfig | None = None,
+        request_id: str | None = None,
+        disconnect_policy: DisconnectPolicyName = "detach",
+        labels: Mapping[str, str] | None = None,
+        **options: Unpack[_requests.TrainingOptions],
+    ) -> TrainingRun:
+        """Starts a training and returns it, to be iterated for its events.
+
+        Args:
+            model: A prepared model or its id.
+            train_dataset: Rows to train on: whatever `unslothd.dataset` accepts.
+            eval_dataset: Rows to evaluate on; optional.
+            row_format: Layout of the rows by name, or what `unslothd.row_format` returns; None = detected.
+            template: Text with {column} places, in place of row_format.
+            training_config: Overrides of the prepared config as a message; `options` win over it.
+            request_id: A call with an id that was used before attaches to that training; default: a new one.
+            disconnect_policy: "detach": the training goes on without this client; "cancel": it does not.
+            labels: For your own use; `list_trainings` filters by them.
+            **options: Overrides of the prepared config by name, e.g. max_steps=100.
+
+        Returns:
+            The accepted training. Iterating it raises TrainingFailed or TrainingCancelled after the last event of a
+            training that ended so.
+
+        Raises:
+            InvalidRequest: Fields or rows are wrong. NotFound, FailedPrecondition, AlreadyExists, ResourceExhausted:
+                the training was refused; see `reason`.
+        """
+        request = _requests.train(
+            model,
+            train_dataset,
+            eval_dataset,
+            row_format=row_format,
+            template=template,
+            training_config=training_config,
+            request_id=request_id,
+            disconnect_policy=disconnect_policy,
+            labels=labels,
+            options=options,
+        )
+        cursor = _flows.Cursor()
+        driver = SyncDriver(self._train_flow(request, cursor), self._transport)
+        return TrainingRun(self, cursor, driver, first=next(driver), raises=True)
+
+    def watch(self, training: TrainingLike, *, after_sequence: int = 0) -> TrainingRun:
+        """Reads the events of a training, the past ones first.
+
+        Iteration ends after the last event, whatever that is; `result()` raises if the training did not succeed.
+
+        Args:
+            training: Training or its id.
+            after_sequence: Last sequence that you have seen; 0 = from the beginning.
+        """
+        cursor = _flows.Cursor(_requests.training_id(training), after_sequence)
+        driver = SyncDriver(self._watch_flow(cursor), self._transport)
+        return TrainingRun(self, cursor, driver, raises=False)
+
+    def get_training(self, training: TrainingLike) -> training_pb2.Training:
+        """Returns a training as it is now."""
+        request = service_pb2.GetTrainingRequest(training_id=_requests.training_id(training))
+        return (self._call(self._unary_flow("GetTraining", request))).training
+
+    def list_trainings(
+        self,
+        *,
+        model: ModelLike | None = None,
+        states: Sequence[TrainingState] = (),
+        labels: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ) -> list[training_pb2.Training]:
+        """Returns trainings, newest first.
+
+        Args:
+            model: Only those on this model.
+            states: Only those in one of these states, e.g. ["running", "queued"].
+            labels: Only those that have all of these.
+            limit: At most so many; None = all.
+        """
+        return self._call(self._list_trainings_flow(model, states, labels, limit))
+
+    def cancel(self, training: TrainingLike, *, save_checkpoint: bool = True) -> training_pb2.Training:
+        """Asks a training to stop at the next step boundary and returns it as it is then.
+
+        Args:
+            training: Training or its id.
+            save_checkpoint: Save a checkpoint and the adapter so far.
+        """
+        request = service_pb2.CancelTrainingRequest(
+            training_id=_requests.training_id(training), save_checkpoint=save_checkpoint
+        )
+        return (self._call(self._unary_flow("CancelTraining", request))).training
+
+    def generate(self, model: ModelLike, prompt: Prompt, **options: Unpack[_requests.GenerationOptions]) -> TextStream:
+        """Streams text from a model: iterate for the pieces, or `text()` for all of it.
+
+        Args:
+            model: Model or its id.
+            prompt: Text to go on with as it is, or chat turns [{"role": "user", "content": "…"}].
+            **options: max_new_tokens, temperature, top_p, seed, stop, without_adapter.
+        """
+        return TextStream(SyncDriver(_flows.generate(_requests.generate(model, prompt, options)), self._transport))
+
+    def _call(self, flow: _flows.Flow[Any, ResultT]) -> ResultT:
+        return SyncDriver(flow, self._transport).run()

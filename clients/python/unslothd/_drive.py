@@ -1,0 +1,177 @@
+"""Carries out flows (`_flows.py`): `SyncDriver` over grpc.Channel, `AsyncDriver` over grpc.aio.Channel."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Self, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from unslothd import _flows, errors
+from unslothd._flows import ItemT, ResultT
+from unslothd.v1.service_pb2_grpc import UnslothServiceStub
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Transport:
+    """What a driver needs to make calls.
+
+    Args:
+        stub: Made on a grpc.Channel for `SyncDriver`, on a grpc.aio.Channel for `AsyncDriver`.
+        target: HOST:PORT, for error texts.
+        metadata: Sent with every call.
+    """
+
+    stub: UnslothServiceStub
+    target: str
+    metadata: Metadata = ()
+
+    def start(self, method: str, request: Message, timeout: float | None) -> Any:
+        """Starts a call: a stream, an awaitable, or (unary, synchronous) the response itself."""
+        call = cast(Callable[..., Any], getattr(self.stub, method))
+        return call(request, timeout=timeout, metadata=self.metadata)
+
+    def translated(self, error: grpc.RpcError) -> errors.UnslothdError:
+        """Returns the client's exception for an error of grpc, which stays its cause."""
+        translated = errors.from_rpc_error(error, self.target)
+        translated.__cause__ = error
+        return translated
+
+
+class _Driver(Generic[ItemT, ResultT]):
+    """The state of one flow: what to send back next, and its one open stream."""
+
+    def __init__(self, flow: _flows.Flow[ItemT, ResultT], transport: Transport) -> None:
+        self._flow = flow
+        self._transport = transport
+        self._reply: Any = None
+        self._error: errors.UnslothdError | None = None
+        self._stream: Any = None
+        self._result: ResultT | None = None
+        self._finished = False
+        self._failure: BaseException | None = None
+
+    @property
+    def result(self) -> ResultT:
+        """What the flow returned; raises what it raised."""
+        if self._failure is not None:
+            raise self._failure
+        if not self._finished:
+            raise RuntimeError("not read to its end yet")
+        return cast(ResultT, self._result)
+
+    @property
+    def finished(self) -> bool:
+        """True once the flow has returned."""
+        return self._finished
+
+    def _step(self) -> _flows.Operation | _flows.Emit[ItemT] | None:
+        """Resumes the flow with the last outcome; returns its next operation, or None when it has ended."""
+        if self._finished or self._failure is not None:
+            return None
+        reply, error = self._reply, self._error
+        self._reply = self._error = None
+        try:
+            return self._flow.throw(error) if error is not None else self._flow.send(reply)
+        except StopIteration as stop:
+            self._cancel_stream()
+            self._result, self._finished = stop.value, True
+            return None
+        except BaseException as failure:
+            self._cancel_stream()
+            self._failure = failure
+            raise
+
+    def _open(self, operation: _flows.OpenStream) -> None:
+        self._cancel_stream()
+        self._stream = self._transport.start(operation.method, operation.request, None)
+
+    def _cancel_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.cancel()
+            self._stream = None
+
+    def close(self) -> None:
+        """Ends the flow and its stream. What runs on the server goes on."""
+        if not self._finished and self._failure is None:
+            self._failure = RuntimeError("closed before its end")
+        self._flow.close()
+        self._cancel_stream()
+
+
+class SyncDriver(_Driver[ItemT, ResultT]):
+    """Iterates over what a flow emits; blocks in between."""
+
+    def __iter__(self) -> Iterator[ItemT]:
+        return self
+
+    def __next__(self) -> ItemT:
+        while (operation := self._step()) is not None:
+            if isinstance(operation, _flows.Emit):
+                return operation.item
+            try:
+                self._reply = self._perform(operation)
+            except grpc.RpcError as error:
+                self._error = self._transport.translated(error)
+        raise StopIteration
+
+    def run(self) -> ResultT:
+        """Runs a flow that emits nothing of interest to its end and returns its result."""
+        for _ in self:
+            pass
+        return self.result
+
+    def _perform(self, operation: _flows.Operation) -> Any:
+        match operation:
+            case _flows.Unary():
+                return self._transport.start(operation.method, operation.request, operation.timeout)
+            case _flows.OpenStream():
+                return self._open(operation)
+            case _flows.Next():
+                return next(self._stream, None)
+            case _flows.CloseStream():
+                return self._cancel_stream()
+            case _flows.Sleep():
+                return time.sleep(operation.seconds)
+
+
+class AsyncDriver(_Driver[ItemT, ResultT]):
+    """Iterates over what a flow emits; awaits in between."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ItemT:
+        while (operation := self._step()) is not None:
+            if isinstance(operation, _flows.Emit):
+                return operation.item
+            try:
+                self._reply = await self._perform(operation)
+            except grpc.RpcError as error:
+                self._error = self._transport.translated(error)
+        raise StopAsyncIteration
+
+    async def run(self) -> ResultT:
+        """Runs a flow that emits nothing of interest to its end and returns its result."""
+        async for _ in self:
+            pass
+        return self.result
+
+    async def _perform(self, operation: _flows.Operation) -> Any:
+        match operation:
+            case _flows.Unary():
+                call: Awaitable[Any] = self._transport.start(operation.method, operation.request, operation.timeout)
+                return await call
+            case _flows.OpenStream():
+                return self._open(operation)
+            case _flows.Next():
+                message = await self._stream.read()
+                return None if message is grpc.aio.EOF else message
+            case _flows.CloseStream():
+                return self._cancel_stream()
+            case _flows.Sleep():
+                return await asyncio.sleep(operation.seconds)

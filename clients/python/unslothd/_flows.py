@@ -1,0 +1,270 @@
+"""The client's logic without any input or output: generators that say what to do next.
+
+A flow yields operations; a driver (`_drive.py`) carries them out over grpc or grpc.aio and sends the outcome back in,
+or throws the `UnslothdError` that came of it. So the synchronous and the asynchronous client share every line of the
+logic of re-attaching, and tests can run it without a server.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from google.rpc.status_pb2 import Status
+
+from unslothd import errors
+from unslothd._retry import Retry
+from unslothd.v1 import generation_pb2, model_pb2, service_pb2, training_event_pb2, training_pb2
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Unary:
+    """Make a unary call within `timeout` seconds; its response is sent back."""
+
+    method: str
+    request: Message
+    timeout: float | None
+
+
+@dataclass(frozen=True)
+class OpenStream:
+    """Start a streaming call, in place of the one that is open; nothing is sent back."""
+
+    method: str
+    request: Message
+
+
+@dataclass(frozen=True)
+class Next:
+    """Wait for the next message of the open stream; it is sent back, or None at the end of the stream."""
+
+
+@dataclass(frozen=True)
+class CloseStream:
+    """End the open stream; nothing is sent back."""
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """Wait; nothing is sent back."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Emit(Generic[ItemT]):
+    """Hand this to the user; nothing is sent back."""
+
+    item: ItemT
+
+
+Operation: TypeAlias = Unary | OpenStream | Next | CloseStream | Sleep
+# What is sent back differs from operation to operation; each flow knows what it asked for.
+Flow: TypeAlias = Generator[Operation | Emit[ItemT], Any, ResultT]
+
+_LOST_CODES = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+}
+_FINAL_STATES = {
+    training_pb2.Training.STATE_CANCELLED,
+    training_pb2.Training.STATE_SUCCEEDED,
+    training_pb2.Training.STATE_FAILED,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended: exactly one of the two is set."""
+
+    metrics: training_pb2.TrainingMetrics | None = None
+    error: errors.UnslothdError | None = None
+
+
+@dataclass
+class Cursor:
+    """How far a training has been read."""
+
+    training_id: str = ""
+    sequence: int = 0
+
+
+def connection_lost(error: errors.UnslothdError) -> bool:
+    """True when the way to the server broke, not the work: the same call may go on later.
+
+    An error with a reason is the server's own answer. A broken connection has none and shows as UNAVAILABLE (socket
+    closed, refused), CANCELLED or INTERNAL (RST_STREAM), or UNKNOWN (stream removed).
+    """
+    return error.reason == "SERVER_STOPPING" or (not error.reason and error.code in _LOST_CODES)
+
+
+def unary(method: str, request: Message, timeout: float | None, retry: Retry) -> Flow[Any, Any]:
+    """Makes one call and returns its response; calls again while the server is away, if `retry` allows.
+
+    Only after UNAVAILABLE: the other ways to lose a connection leave open whether the call has been carried out.
+    """
+    while True:
+        try:
+            response = yield Unary(method, request, timeout)
+        except errors.UnslothdError as error:
+            if not (connection_lost(error) and error.code is grpc.StatusCode.UNAVAILABLE):
+                raise
+            yield Sleep(retry.next_delay(error))
+        else:
+            retry.heard()
+            return response
+
+
+def load(request: service_pb2.LoadModelRequest, retry: Retry) -> Flow[model_pb2.LoadProgress, model_pb2.Model]:
+    """Emits the progress of a load and returns the model; attaches again by request_id after a lost connection."""
+    while True:
+        yield OpenStream("LoadModel", request)
+        try:
+            while (message := (yield Next())) is not None:
+                retry.progress()
+                if message.HasField("model"):
+                    yield CloseStream()
+                    return message.model
+                yield Emit(message.progress)
+            lost = _ended_early("LoadModel")
+        except errors.UnslothdError as error:
+            if not connection_lost(error):
+                raise
+            lost = error
+        yield Sleep(retry.next_delay(lost))
+
+
+def train(
+    request: service_pb2.TrainRequest, cursor: Cursor, retry: Retry
+) -> Flow[training_event_pb2.TrainingEvent, Outcome]:
+    """Starts a training, emits each of its events once, and returns how it ended.
+
+    Until the first event arrives the same request, with the same request_id, is sent again after a lost connection;
+    from then on the log is read on from the last sequence.
+    """
+    while cursor.sequence == 0:
+        yield OpenStream("Train", request)
+        outcome, lost = yield from _read(cursor, retry)
+        if outcome is not None:
+            return outcome
+        yield Sleep(retry.next_delay(lost))
+    return (yield from watch(cursor, retry, timeout=None))
+
+
+def watch(cursor: Cursor, retry: Retry, timeout: float | None) -> Flow[training_event_pb2.TrainingEvent, Outcome]:
+    """Emits each event after the cursor once and returns how the training ended."""
+    while True:
+        request = service_pb2.WatchTrainingRequest(training_id=cursor.training_id, after_sequence=cursor.sequence)
+        yield OpenStream("WatchTraining", request)
+        outcome, lost = yield from _read(cursor, retry)
+        if outcome is None and lost.code is grpc.StatusCode.OK:
+            outcome = yield from _final(cursor, retry, timeout)
+        if outcome is not None:
+            return outcome
+        yield Sleep(retry.next_delay(lost))
+
+
+def _read(
+    cursor: Cursor, retry: Retry
+) -> Flow[training_event_pb2.TrainingEvent, tuple[Outcome | None, errors.UnslothdError]]:
+    """Emits what is new in the open stream; returns the outcome, or None and why the stream ended before it."""
+    try:
+        while (message := (yield Next())) is not None:
+            event: training_event_pb2.TrainingEvent = message.event
+            if event.sequence > cursor.sequence + 1:
+                yield CloseStream()
+                return None, _gap(cursor, event.sequence)
+            if 0 < event.sequence <= cursor.sequence:
+                continue  # seen before the connection was lost
+            retry.progress()
+            if event.sequence == 0:
+                continue  # a heartbeat
+            cursor.training_id, cursor.sequence = event.training_id, event.sequence
+            yield Emit(event)
+            outcome = outcome_of(event)
+            if outcome is not None:
+                yield CloseStream()
+                return outcome, _ended_early("")
+    except errors.UnslothdError as error:
+        if not connection_lost(error):
+            raise
+        return None, error
+    return None, _ended_early("the event stream")
+
+
+def _final(cursor: Cursor, retry: Retry, timeout: float | None) -> Flow[Any, Outcome | None]:
+    """Looks up how a training ended whose last event was seen before; None while there is more to read."""
+    request = service_pb2.GetTrainingRequest(training_id=cursor.training_id)
+    response = yield from unary("GetTraining", request, timeout, retry)
+    training: training_pb2.Training = response.training
+    if training.state not in _FINAL_STATES or training.last_sequence > cursor.sequence:
+        return None
+    return _outcome(training.state, training.training_id, training.metrics, training.error, training.step)
+
+
+def outcome_of(event: training_event_pb2.TrainingEvent) -> Outcome | None:
+    """Returns how the training ended if this is the last event of its log, else None."""
+    kind = event.WhichOneof("kind")
+    if kind == "succeeded":
+        return Outcome(metrics=event.succeeded.metrics)
+    if kind == "failed":
+        return Outcome(error=errors.training_failed(event.failed.error, event.training_id))
+    if kind == "cancelled":
+        return Outcome(error=errors.training_cancelled(event.training_id, event.cancelled.step))
+    return None
+
+
+def _outcome(
+    state: "training_pb2.Training.State.ValueType",
+    training_id: str,
+    metrics: training_pb2.TrainingMetrics,
+    error: Status,
+    step: int,
+) -> Outcome:
+    if state == training_pb2.Training.STATE_SUCCEEDED:
+        return Outcome(metrics=metrics)
+    if state == training_pb2.Training.STATE_FAILED:
+        return Outcome(error=errors.training_failed(error, training_id))
+    return Outcome(error=errors.training_cancelled(training_id, step))
+
+
+def generate(request: service_pb2.GenerateRequest) -> Flow[str, generation_pb2.GenerateSummary | None]:
+    """Emits pieces of text and returns the summary. Not repeated after a loss: sampled text would differ."""
+    summary: generation_pb2.GenerateSummary | None = None
+    yield OpenStream("Generate", request)
+    while (message := (yield Next())) is not None:
+        if message.HasField("summary"):
+            summary = message.summary
+        else:
+            yield Emit(message.text)
+    return summary
+
+
+def list_trainings(
+    request: service_pb2.ListTrainingsRequest, limit: int | None, timeout: float | None, retry: Retry
+) -> Flow[Any, list[training_pb2.Training]]:
+    """Returns the first `limit` trainings that match, or all, page by page."""
+    found: list[training_pb2.Training] = []
+    while True:
+        response = yield from unary("ListTrainings", request, timeout, retry)
+        found += response.trainings
+        if not response.next_page_token or (limit is not None and len(found) >= limit):
+            return found[:limit]
+        request.page_token = response.next_page_token
+
+
+def _ended_early(what: str) -> errors.UnslothdError:
+    return errors.Unavailable(f"{what} ended before its last message", code=grpc.StatusCode.OK)
+
+
+def _gap(cursor: Cursor, sequence: int) -> errors.UnslothdError:
+    return errors.Internal(
+        f"the log of training {cursor.training_id} jumped from sequence {cursor.sequence} to {sequence}",
+        code=grpc.StatusCode.DATA_LOSS,
+    )
