@@ -1,0 +1,120 @@
+"""How a worker ends itself: asked by Shutdown, by SIGTERM, or because the folder that it lives in is gone.
+
+Only a training is worth waiting for; an import, a load or a generation is dropped. The process ends by os._exit:
+the interpreter's own teardown can hang in CUDA or gRPC, and there is nothing left that it would save.
+"""
+
+import logging
+import os
+import signal
+from pathlib import Path
+from threading import Event, Lock, Thread
+
+import grpc
+
+from unslothd_server.worker.exit_record import exit_now
+from unslothd_server.worker.holder import ModelHolder
+from unslothd_server.worker.layout import BundleLayout
+
+EXIT_ORPHANED = 3
+
+_log = logging.getLogger(__name__)
+_LAST_ANSWERS_S = 2.0  # for the answer of Shutdown and the last events
+_MISSES_BEFORE_ORPHANED = 2  # one failed look may be a hiccup of a network file system
+
+
+class Ending:
+    """Ends the process, once.
+
+    Args:
+        holder: Its training is waited for.
+        server: Gets a moment to send its last answers.
+        bundle: Where the exit record goes.
+    """
+
+    def __init__(self, holder: ModelHolder, server: grpc.Server, bundle: BundleLayout) -> None:
+        self._holder = holder
+        self._server = server
+        self._bundle = bundle
+        self._lock = Lock()
+        self._begun = False
+
+    def begin(self, reason: str, *, save_checkpoint: bool) -> None:
+        """Begins to end the process and returns. A training stops at its next step boundary. Repeatable."""
+        self._holder.refuse_new_work()
+        run = self._holder.active_run()
+        if run is not None:
+            run.cancel(save_checkpoint=save_checkpoint)
+        with self._lock:
+            if self._begun:
+                return
+            self._begun = True
+        _log.info("ending: %s", reason)
+        Thread(target=self._end, args=(reason,), name="ending", daemon=True).start()
+
+    def _end(self, reason: str) -> None:
+        run = self._holder.active_run()
+        if run is not None:
+            run.wait_over()
+        self._server.stop(_LAST_ANSWERS_S).wait()
+        exit_now(self._bundle.exit_record, 0, reason)
+
+
+def end_on_signals(ending: Ending) -> None:
+    """Makes SIGTERM and SIGINT end the process in order. Call it on the main thread.
+
+    The signal's number comes through a pipe to a thread of its own, because the main thread may be deep in a kernel
+    for a whole step. Forked children get the default handlers back: a pool's terminate() would otherwise hang, and
+    their signals would end the worker.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _only_wake)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_reset_signals)
+    Thread(target=_obey_signals, args=(reader, ending), name="signals", daemon=True).start()
+
+
+def end_when_orphaned(bundle: BundleLayout, server_home: Path, every_s: float) -> None:
+    """Ends the process and what it forked soon after its folder or the server's home is gone."""
+    identity = _identity(bundle.lock)
+    Thread(target=_watch_home, args=(bundle, server_home, identity, every_s), name="orphan", daemon=True).start()
+
+
+def _only_wake(_number: int, _frame: object) -> None:
+    """Does nothing: the wake-up descriptor has the number already."""
+
+
+def _reset_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _obey_signals(reader: int, ending: Ending) -> None:
+    while True:
+        number = os.read(reader, 1)[0]
+        if number in (signal.SIGTERM, signal.SIGINT):
+            ending.begin(f"asked by {signal.Signals(number).name}", save_checkpoint=False)
+
+
+def _watch_home(bundle: BundleLayout, server_home: Path, identity: tuple[int, int] | None, every_s: float) -> None:
+    never = Event()
+    misses = 0
+    while misses < _MISSES_BEFORE_ORPHANED:
+        never.wait(every_s)
+        is_there = _identity(bundle.lock) == identity and server_home.is_dir()
+        misses = 0 if is_there else misses + 1
+    _log.error("ending: %s or %s is gone", bundle.directory, server_home)
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # with everything that was forked: nobody else is left to end it
+    os._exit(EXIT_ORPHANED)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

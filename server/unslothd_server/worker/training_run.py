@@ -1,0 +1,160 @@
+"""One training in a worker: the engine's events get their numbers, go into the log, and from there to the watchers."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Condition, Event
+
+from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd.v1.training_event_pb2 import (
+    TrainingCancelled,
+    TrainingEvent,
+    TrainingFailed,
+    TrainingStateChanged,
+    TrainingSucceeded,
+)
+from unslothd.v1.training_pb2 import Training
+from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
+from unslothd_server.errors import OutOfRangeError, UnslothdError
+from unslothd_server.event_log import EVENT_LOG_NAME, EventLogReader, EventLogWriter, is_terminal
+from unslothd_server.status import to_status
+from unslothd_server.worker.faults import as_unslothd_error
+from unslothd_server.worker.ports import Engine, StopSignal
+
+_log = logging.getLogger(__name__)
+_CALLER_CHECK_S = 1.0  # how soon a watch without events notices that its caller has gone
+
+
+class TrainingRun:
+    """A training that was handed over to this worker.
+
+    Args:
+        request: What to train. Its log must end at next_sequence - 1.
+
+    Raises:
+        OutOfRangeError: The log ends elsewhere (SEQUENCE_OUT_OF_RANGE).
+    """
+
+    def __init__(self, request: StartTrainingRequest) -> None:
+        self.request = request
+        self.stop = StopSignal(Event())
+        self._path = Path(request.training_dir) / EVENT_LOG_NAME
+        self._changed = Condition()
+        self._over = False
+        self._log_error: UnslothdError | None = None
+        self._writer = EventLogWriter(self._path)
+        if self._writer.cut_bytes:
+            _log.warning("%s: cut a torn tail of %d bytes", self._path, self._writer.cut_bytes)
+        if self._writer.last_sequence + 1 != request.next_sequence:
+            self._writer.close()
+            raise _not_next(request, self._writer.last_sequence)
+
+    @property
+    def is_over(self) -> bool:
+        """True once the terminal event is in the log, or cannot be written."""
+        return self._over
+
+    @property
+    def last_sequence(self) -> int:
+        """Last sequence in the log."""
+        return self._writer.last_sequence
+
+    def execute(self, engine: Engine) -> None:
+        """Runs the training to its terminal event. Raises nothing. For the main thread."""
+        try:
+            terminal = self._outcome(engine)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary: the error becomes the last event
+            failure = as_unslothd_error(error, f"training {self.request.training_id}")
+            terminal = TrainingEvent(failed=TrainingFailed(error=to_status(failure)))
+        try:
+            self._append(terminal, fsync=True)
+        except Exception as error:  # noqa: BLE001 - the watchers get it
+            self._log_error = as_unslothd_error(error, f"ending the log of training {self.request.training_id}")
+        self._writer.close()
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    def cancel(self, *, save_checkpoint: bool) -> None:
+        """Asks for a stop at the next step boundary."""
+        if save_checkpoint:
+            self.stop.save_checkpoint = True
+        self.stop.requested.set()
+
+    def wait_over(self) -> None:
+        """Returns once the training is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over)
+
+    def follow(self, after_sequence: int, is_wanted: Callable[[], bool]) -> Iterator[TrainingEvent]:
+        """Yields the events after a sequence, as they come, up to the terminal one.
+
+        Args:
+            after_sequence: Last sequence that the caller has.
+            is_wanted: Looked at while nothing happens; False ends the iteration.
+
+        Raises:
+            OutOfRangeError: The log does not have that sequence (SEQUENCE_OUT_OF_RANGE).
+            UnslothdError: The log cannot be written; all that is in it has been yielded.
+        """
+        if after_sequence > self.last_sequence:
+            raise _beyond_end(after_sequence, self.last_sequence)
+        reader = EventLogReader(self._path)
+        sequence = after_sequence
+        while is_wanted():
+            for entry in reader.read(sequence):
+                yield entry.event
+                sequence = entry.event.sequence
+                if is_terminal(entry.event):
+                    return
+            if self._wait_beyond(sequence):
+                continue
+            if self._over and self._log_error is not None:
+                raise self._log_error
+            if self._over:
+                return
+
+    def _outcome(self, engine: Engine) -> TrainingEvent:
+        self._append(TrainingEvent(state_changed=TrainingStateChanged(state=Training.STATE_RUNNING)))
+        if self.stop.requested.is_set():
+            return TrainingEvent(cancelled=TrainingCancelled())
+        outcome = engine.train(self.request, self._emit, self.stop)
+        if isinstance(outcome, TrainingSucceeded):
+            return TrainingEvent(succeeded=outcome)
+        return TrainingEvent(cancelled=outcome)
+
+    def _emit(self, event: TrainingEvent) -> None:
+        self._append(event, fsync=event.HasField("checkpoint_saved"))
+
+    def _append(self, event: TrainingEvent, *, fsync: bool = False) -> None:
+        with self._changed:
+            numbered = TrainingEvent()
+            numbered.CopyFrom(event)
+            numbered.sequence = self._writer.last_sequence + 1
+            numbered.training_id = self.request.training_id
+            numbered.event_time.GetCurrentTime()
+            self._writer.append(numbered, fsync=fsync)
+            self._changed.notify_all()
+
+    def _wait_beyond(self, sequence: int) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or self.last_sequence > sequence, _CALLER_CHECK_S)
+            return self.last_sequence > sequence
+
+
+def _not_next(request: StartTrainingRequest, last_sequence: int) -> OutOfRangeError:
+    return OutOfRangeError(
+        ErrorReason.ERROR_REASON_SEQUENCE_OUT_OF_RANGE,
+        f"The log of training '{request.training_id}' ends at event {last_sequence}, so next_sequence must be "
+        f"{last_sequence + 1}, not {request.next_sequence}. Read the log again and hand the training over with that.",
+        metadata={"last_sequence": str(last_sequence)},
+    )
+
+
+def _beyond_end(after_sequence: int, last_sequence: int) -> OutOfRangeError:
+    return OutOfRangeError(
+        ErrorReason.ERROR_REASON_SEQUENCE_OUT_OF_RANGE,
+        f"after_sequence {after_sequence} is beyond the last event, {last_sequence}. "
+        f"Watch with after_sequence {last_sequence} or less.",
+        metadata={"last_sequence": str(last_sequence)},
+    )

@@ -1,0 +1,45 @@
+"""The environment of a worker: the server's, without its secrets, and with what Unsloth needs to behave."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+# Parts of a variable's name, between underscores, that say that its value is a secret.
+_SECRET_PARTS = frozenset(
+    {"TOKEN", "TOKENS", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
+)
+_SECRET_ENDINGS = ("_KEY", "_API_KEY", "_AUTH")
+_OWN_PREFIX = "UNSLOTHD_"  # the server's own settings, which may hold tokens
+_ALWAYS = {
+    "UNSLOTH_AUTO_INSTALL": "0",  # Unsloth's GGUF export would clone, pip-install and apt-install
+    "GRPC_ENABLE_FORK_SUPPORT": "0",  # forks by datasets or a DataLoader would crash or hang
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that "cuda:0" is the device that NVML lists first
+    "PYTHONUNBUFFERED": "1",  # the log of a killed worker is whole
+    "PYTHONFAULTHANDLER": "1",  # the log of a crashed one says where
+}
+_UNLESS_SET = {"UNSLOTH_DISABLE_STATISTICS": "1"}
+# `import unsloth` sets it to "python" for child processes, which makes protobuf slow.
+_NEVER = frozenset({"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"})
+
+
+def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment for a worker.
+
+    Args:
+        environ: The server's environment.
+    """
+    kept = {name: value for name, value in environ.items() if not _is_secret(name) and name not in _NEVER}
+    if "PYTHONPATH" in kept:
+        # A worker has another working directory.
+        parts = [str(Path(part).absolute()) for part in kept["PYTHONPATH"].split(os.pathsep) if part]
+        kept["PYTHONPATH"] = os.pathsep.join(parts)
+    return {**_UNLESS_SET, **kept, **_ALWAYS}
+
+
+def _is_secret(name: str) -> bool:
+    upper = name.upper()
+    return (
+        upper.startswith(_OWN_PREFIX)
+        or not _SECRET_PARTS.isdisjoint(upper.split("_"))
+        or upper.endswith(_SECRET_ENDINGS)
+    )

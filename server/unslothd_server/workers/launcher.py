@@ -1,0 +1,109 @@
+"""Starts workers as local subprocesses, each in a session, folder, environment and log of its own."""
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from unslothd_server.workers.bundle import Bundle
+from unslothd_server.workers.channel import WorkerProcess
+from unslothd_server.workers.environment import worker_environment
+from unslothd_server.workers.liveness import ProcessHandle
+from unslothd_server.workers.timeouts import WorkerTimeouts
+
+WORKER_COMMAND = (sys.executable, "-m", "unslothd_server.worker")
+
+_log = logging.getLogger(__name__)
+
+
+class LocalLauncher:
+    """Implements `app.ports.WorkerLauncher` on this host.
+
+    Args:
+        home: Home of the server.
+        command: Program and arguments that start a worker; the folder is added. Tests start a double.
+        cache_dir: Folder for converted weights; default <home>/cache.
+        trust_remote_code: The operator's consent to code from model repositories.
+        environ: Where the workers' environment is taken from, secrets left out; default: this process's.
+        timeouts: Bounds of every answer.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        command: Sequence[str] = WORKER_COMMAND,
+        cache_dir: Path | None = None,
+        trust_remote_code: bool = False,
+        environ: Mapping[str, str] | None = None,
+        timeouts: WorkerTimeouts | None = None,
+    ) -> None:
+        self._home = home.resolve()
+        self._command = tuple(command)
+        self._cache_dir = (cache_dir or self._home / "cache").resolve()
+        self._trust_remote_code = trust_remote_code
+        self._environ = environ
+        self._timeouts = timeouts or WorkerTimeouts()
+
+    async def launch(self, model_id: str, *, device_map: str) -> WorkerProcess:
+        """Starts a worker for a model; returns once it answers. Nothing stays behind when it does not.
+
+        A worker that an earlier server left in the model's folder is ended first.
+
+        Raises:
+            AbortedError: It died, or did not answer in time (WORKER_DIED, WORKER_UNRESPONSIVE).
+        """
+        leftover = self._attach(self._home / "workers" / model_id)
+        if leftover is not None:
+            await leftover.stop()
+        bundle = await asyncio.to_thread(self._make_bundle, model_id, device_map)
+        child = await asyncio.to_thread(self._spawn, bundle)
+        worker = WorkerProcess(bundle, self._home, ProcessHandle(child.pid), child, self._timeouts)
+        try:
+            await worker.wait_listening()
+        except BaseException:
+            await worker.stop()
+            raise
+        _log.info("worker of model %s is process %d", model_id, child.pid)
+        return worker
+
+    def attach_living(self) -> list[WorkerProcess]:
+        """Returns the workers of this home that live, whoever started them: to go on with, or to stop."""
+        folder = self._home / "workers"
+        directories = sorted(folder.iterdir()) if folder.is_dir() else []
+        found = [self._attach(directory) for directory in directories]
+        return [worker for worker in found if worker is not None]
+
+    def _attach(self, directory: Path) -> WorkerProcess | None:
+        if not directory.is_dir():
+            return None
+        return WorkerProcess.attach(Bundle.open(directory), self._home, self._timeouts)
+
+    def _make_bundle(self, model_id: str, device_map: str) -> Bundle:
+        return Bundle.create(
+            self._home,
+            model_id,
+            device_map=device_map,
+            cache_dir=self._cache_dir,
+            trust_remote_code=self._trust_remote_code,
+        )
+
+    def _spawn(self, bundle: Bundle) -> "subprocess.Popen[bytes]":
+        layout = bundle.layout
+        environment = worker_environment(os.environ if self._environ is None else self._environ)
+        log = os.open(layout.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            return subprocess.Popen(  # noqa: S603 - the command is the operator's or a test's, never a request's
+                [*self._command, str(layout.directory)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=layout.cwd,
+                env=environment,
+                start_new_session=True,
+            )
+        finally:
+            os.close(log)

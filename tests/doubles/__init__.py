@@ -1,0 +1,1 @@
+"""Stand-ins for heavy parts, for fast tests."""
