@@ -1,0 +1,40 @@
+"""The heavy import, done once and in the one order that works, with Unsloth's own network and shell habits off."""
+
+import importlib
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+REPORTED_PACKAGES = ("unsloth", "torch", "transformers", "trl", "peft", "bitsandbytes")
+
+# What Unsloth may not do on its own inside a service: report usage, run pip or apt.
+QUIET_ENVIRONMENT = {
+    "UNSLOTH_AUTO_INSTALL": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # A dead network must become an answer, not a wait: seconds for the request that only asks what there is.
+    "HF_HUB_ETAG_TIMEOUT": "10",
+    "HF_HUB_DOWNLOAD_TIMEOUT": "30",
+}
+
+
+def import_libraries() -> dict[str, str]:
+    """Imports unsloth before everything that it patches. Returns the versions of the packages that matter."""
+    # An operator may turn statistics on; everything else is not for discussion.
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    os.environ.update(QUIET_ENVIRONMENT)
+    # The order is the point: unsloth patches the others while they are not imported yet.
+    for name in ("unsloth", "torch", "transformers", "trl", "peft", "datasets"):
+        importlib.import_module(name)
+    return {name: _version(name) for name in REPORTED_PACKAGES}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def engine_name() -> str:
+    """What the started event calls the engine, e.g. "unsloth 2026.10.9"."""
+    return f"unsloth {_version('unsloth')}"

@@ -1,0 +1,213 @@
+"""Rows out of files, folders and the Hub, one dict at a time, with errors that name the row."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from unslothd.v1.dataset_pb2 import DatasetSource, HubDataset
+from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd_server.engine import hub
+from unslothd_server.errors import DatasetError, NotFoundError, UnslothdError
+
+Row = dict[str, Any]
+
+FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+# Rows that are looked at for column names: JSON rows need not all have the same keys.
+ROWS_FOR_COLUMNS = 100
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Rows that are there and readable.
+
+    Args:
+        columns: Column names, in the order of the data.
+        rows: The rows, once; a row that cannot be read raises DATASET_ROW when its turn comes.
+    """
+
+    columns: list[str]
+    rows: Iterator[Row]
+
+
+def row_error(number: int, cause: str) -> DatasetError:
+    """The error for one bad row, counted from 1."""
+    return DatasetError(
+        ErrorReason.ERROR_REASON_DATASET_ROW,
+        f"Row {number} cannot be used: {cause}. Mend or remove it and train again.",
+        metadata={"row": str(number)},
+    )
+
+
+def open_rows(source: DatasetSource) -> RowSource:
+    """Opens the rows that a request names; `limit` is applied.
+
+    Raises:
+        NotFoundError: DATASET_NOT_FOUND.
+        DatasetError: DATASET_EMPTY, or DATASET_ROW for one of the first rows.
+        UnavailableError, PermissionDeniedError: The Hub.
+    """
+    if source.WhichOneof("origin") == "hub":
+        declared, rows = _hub_rows(source.hub)
+    else:
+        declared, rows = _path_rows(Path(source.path))
+    if source.limit:
+        rows = islice(rows, source.limit)
+    head = list(islice(rows, ROWS_FOR_COLUMNS))
+    if not head:
+        raise DatasetError(
+            ErrorReason.ERROR_REASON_DATASET_EMPTY, "The dataset has no rows. Give at least one row to train on."
+        )
+    columns = declared or list(dict.fromkeys(chain.from_iterable(head)))
+    return RowSource(columns, chain(head, rows))
+
+
+def _path_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
+    if not path.exists():
+        raise _not_found(f"There is no file or folder {path}.")
+    if path.is_dir():
+        return _folder_rows(path)
+    match path.suffix.lower():
+        case ".jsonl":
+            return [], _jsonl_rows(path)
+        case ".json":
+            return [], _json_rows(path)
+        case ".csv":
+            return _csv_rows(path)
+        case ".parquet":
+            return _parquet_rows(path)
+        case ".arrow":
+            return _arrow_rows(path)
+        case _:
+            raise _not_found(f"{path.name} is not a kind of file that is read; it must end in {', '.join(FILE_KINDS)}.")
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    number = 0
+    with path.open("rb") as file:
+        for line_number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            number += 1
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise row_error(number, f"line {line_number} is not JSON ({error})") from None
+            yield _checked(row, number)
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        # Many files called .json hold one object a line.
+        yield from _jsonl_rows(path)
+        return
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(content) == 1 and lists else [content]
+    for number, row in enumerate(content if isinstance(content, list) else [content], start=1):
+        yield _checked(row, number)
+
+
+def _checked(row: object, number: int) -> Row:
+    if not isinstance(row, dict):
+        raise row_error(number, f"it is a {type(row).__name__}, but a row is an object with named columns")
+    return row
+
+
+def _csv_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
+    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than one long text
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        columns = next(csv.reader(file), [])
+    return columns, _csv_body(path, columns)
+
+
+def _csv_body(path: Path, columns: list[str]) -> Iterator[Row]:
+    number = 0
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        next(reader, None)
+        try:
+            for number, fields in enumerate(filter(None, reader), start=1):
+                if len(fields) != len(columns):
+                    raise row_error(number, f"it has {len(fields)} fields, but the header names {len(columns)}")
+                yield dict(zip(columns, fields, strict=True))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise row_error(number + 1, f"the CSV cannot be read ({error})") from None
+
+
+def _parquet_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise row_error(1, f"{path.name} is not a Parquet file ({error})") from None
+    batches = file.iter_batches(batch_size=1024)
+    return list(file.schema_arrow.names), (row for batch in batches for row in batch.to_pylist())
+
+
+def _arrow_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
+    import pyarrow
+
+    mapped = pyarrow.memory_map(str(path))
+    try:
+        reader = pyarrow.ipc.open_stream(mapped)
+        batches: Iterator[Any] = iter(reader)
+    except pyarrow.ArrowInvalid:
+        try:
+            reader = pyarrow.ipc.open_file(mapped)
+        except pyarrow.ArrowInvalid as error:
+            raise row_error(1, f"{path.name} is neither an Arrow stream nor an Arrow file ({error})") from None
+        batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+    return list(reader.schema.names), (row for batch in batches for row in _batch_rows(batch))
+
+
+def _batch_rows(batch: Any) -> Iterator[Row]:
+    for start in range(0, batch.num_rows, 1024):
+        yield from batch.slice(start, 1024).to_pylist()
+
+
+def _folder_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except FileNotFoundError:
+        raise _not_found(f"{path} is not a folder that datasets' save_to_disk wrote.") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        name = "train" if "train" in loaded else next(iter(loaded))
+        if name != "train" and len(loaded) > 1:
+            raise _not_found(f"{path} has the splits {', '.join(loaded)}; give the path of one of them.")
+        loaded = loaded[name]
+    return list(loaded.column_names), iter(loaded)
+
+
+def _hub_rows(source: HubDataset) -> tuple[list[str], Iterator[Row]]:
+    import datasets
+
+    try:
+        with hub.online():
+            loaded = datasets.load_dataset(
+                source.name,
+                source.config or None,
+                split=source.split or "train",
+                revision=source.revision or None,
+            )
+    except UnslothdError:
+        raise
+    except Exception as error:
+        raise hub.translate(error, source.name, what="dataset") from error
+    return list(loaded.column_names), iter(loaded)
+
+
+def _not_found(what: str) -> NotFoundError:
+    return NotFoundError(
+        ErrorReason.ERROR_REASON_DATASET_NOT_FOUND, f"{what} Check the path of the dataset and try again."
+    )

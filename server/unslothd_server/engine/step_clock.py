@@ -1,0 +1,48 @@
+"""Seconds spent training, without those spent evaluating and saving."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class StepClock:
+    """A stop watch that starts with a step and stands still meanwhile.
+
+    Args:
+        now: Source of seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._elapsed = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Runs from here on; does nothing while it runs."""
+        if self._started is None:
+            self._started = self._now()
+
+    def stop(self) -> None:
+        """Stands still from here on; does nothing while it does."""
+        if self._started is not None:
+            self._elapsed += self._now() - self._started
+            self._started = None
+
+    def elapsed(self) -> float:
+        """Seconds that it has run in all."""
+        return self._elapsed + (self._now() - self._started if self._started is not None else 0.0)
+
+    def go_on_from(self, seconds: float) -> None:
+        """Adds what an earlier process of the same training spent."""
+        self._elapsed += seconds
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stands still inside; runs again afterwards if it ran before."""
+        ran = self._started is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if ran:
+                self.start()

@@ -1,0 +1,187 @@
+"""Unsloth's SFTTrainer, given tokenised rows and every field of the contract's config."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unslothd.v1.training_pb2 import TrainingConfig
+from unslothd_server.engine.model_loading import LoadedModel
+from unslothd_server.engine.step_clock import StepClock
+
+DEFAULT_MAX_STEPS = 100
+
+
+def build_trainer(
+    loaded: LoadedModel,
+    config: TrainingConfig,
+    output_dir: Path,
+    *,
+    train_rows: Any,
+    eval_rows: Any | None,
+    callbacks: list[Any],
+    clock: StepClock,
+    check_stop: Callable[[], None],
+) -> Any:
+    """Builds a trainer; nothing runs yet.
+
+    Args:
+        loaded: A prepared model.
+        config: Hyper-parameters; unset ones take the contract's defaults.
+        output_dir: Folder of this training.
+        train_rows: datasets.Dataset with input_ids and labels.
+        eval_rows: The same to evaluate on; None = none.
+        callbacks: Added after Transformers' own.
+        clock: Is stopped while the trainer evaluates or saves.
+        check_stop: Called before every eval batch; raises to end the evaluation.
+    """
+    from trl import SFTTrainer
+    from unsloth import FastLanguageModel
+
+    checkpointing = _get(config, "use_gradient_checkpointing", True)
+    # Generation may have left the model in inference mode.
+    FastLanguageModel.for_training(loaded.model, use_gradient_checkpointing=checkpointing)
+    if not checkpointing:
+        _disable_checkpointing(loaded.model)
+    return _trainer_class(SFTTrainer, clock, check_stop)(
+        model=loaded.model,
+        args=_arguments(loaded, config, output_dir, has_eval=eval_rows is not None),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=loaded.tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def _arguments(loaded: LoadedModel, config: TrainingConfig, output_dir: Path, *, has_eval: bool) -> Any:
+    from trl import SFTConfig
+
+    batch_size = _get(config, "batch_size", 2)
+    eval_steps = _get(config, "eval_steps", 0)
+    seed = _get(config, "seed", 42)
+    learning_rate = _get(config, "learning_rate", 2e-4)
+    scheduler = _get(config, "lr_scheduler_type", "cosine")
+    evaluates_between = has_eval and eval_steps > 0
+    return SFTConfig(
+        output_dir=str(output_dir),
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=_get(config, "gradient_accumulation_steps", 4),
+        warmup_steps=_get(config, "warmup_steps", 10),
+        **_duration(config),
+        **_precision(config, loaded),
+        logging_strategy="steps",
+        logging_steps=_get(config, "logging_steps", 1),
+        save_strategy="steps",
+        save_steps=_get(config, "save_steps", 100),
+        save_total_limit=_get(config, "save_total_limit", 0) or None,
+        optim=_get(config, "optim", "adamw_8bit"),
+        weight_decay=_get(config, "weight_decay", 0.01),
+        lr_scheduler_type=scheduler,
+        # Transformers refuses a final rate that is not below the first one.
+        lr_scheduler_kwargs={"lr_end": min(1e-7, learning_rate / 2)} if scheduler == "polynomial" else None,
+        seed=seed,
+        data_seed=seed,
+        gradient_checkpointing=_get(config, "use_gradient_checkpointing", True),
+        packing=_get(config, "packing", False),
+        max_grad_norm=_get(config, "max_grad_norm", 1.0),
+        neftune_noise_alpha=_get(config, "neftune_noise_alpha", 0.0) or None,
+        eval_strategy="steps" if evaluates_between else "no",
+        eval_steps=eval_steps if evaluates_between else None,
+        eval_on_start=has_eval,
+        prediction_loss_only=True,
+        metric_for_best_model="eval_loss" if has_eval else None,
+        greater_is_better=False if has_eval else None,
+        max_length=loaded.max_seq_length,
+        include_num_input_tokens_seen="non_padding",
+        # A loss that is not a number must be seen, not replaced by a mean.
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataset_num_proc=None,
+    )
+
+
+def _duration(config: TrainingConfig) -> dict[str, Any]:
+    if config.HasField("num_train_epochs"):
+        return {"num_train_epochs": config.num_train_epochs, "max_steps": -1}
+    return {"max_steps": _get(config, "max_steps", DEFAULT_MAX_STEPS)}
+
+
+def _precision(config: TrainingConfig, loaded: LoadedModel) -> dict[str, bool]:
+    """As asked; else bfloat16 where a GPU has it, float16 where it has not, and plain float32 on a CPU."""
+    import torch
+
+    if config.HasField("fp16") or config.HasField("bf16"):
+        return {"fp16": config.fp16, "bf16": config.bf16}
+    if next(loaded.model.parameters()).device.type != "cuda":
+        return {"fp16": False, "bf16": False}
+    # Autocast must match the weights: Unsloth refuses bfloat16 mixed precision over float16 weights.
+    dtype = loaded.model.get_input_embeddings().weight.dtype
+    half = dtype == torch.float16 or not torch.cuda.is_bf16_supported()
+    return {"fp16": half, "bf16": not half}
+
+
+def _disable_checkpointing(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+
+
+def _trainer_class(base: Any, clock: StepClock, check_stop: Callable[[], None]) -> Any:
+    """The trainer with the few things that Transformers does otherwise than the contract says."""
+    import torch
+
+    class ServiceTrainer(base):  # type: ignore[misc]
+        """Counts eval loss by token, keeps the clock, writes no model card, and ends a resumed run on time."""
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """Nothing: the folder of a training holds results, not a web page."""
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            """Adds the seconds trained so far, which thus survive in the checkpoint's log history."""
+            if "loss" in logs:
+                logs["elapsed_seconds"] = clock.elapsed()
+            super().log(logs, *args, **kwargs)
+
+        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+            # Transformers runs one step more when it resumes from the last step's checkpoint.
+            if self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True
+                return
+            super()._run_epoch(*args, **kwargs)
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            """Evaluates with the step clock stopped."""
+            with clock.stopped():
+                return super().evaluate(*args, **kwargs)
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            with clock.stopped():
+                super()._save_checkpoint(*args, **kwargs)
+
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            """The mean over tokens; Transformers' own is a mean over rows of batch means."""
+            self._eval_loss_sum, self._eval_tokens = 0.0, 0
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            if self._eval_tokens and f"{prefix}_loss" in output.metrics:
+                output.metrics[f"{prefix}_loss"] = self._eval_loss_sum / self._eval_tokens
+            return output
+
+        def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            """Adds a batch's loss, weighed by its tokens."""
+            check_stop()
+            tokens = int((inputs["labels"][..., 1:] != -100).sum())
+            with torch.no_grad():
+                result = super().prediction_step(model, inputs, *args, **kwargs)
+            self._eval_loss_sum += float(result[0]) * tokens
+            self._eval_tokens += tokens
+            return result
+
+    return ServiceTrainer
+
+
+def _get(config: TrainingConfig, name: str, default: Any) -> Any:
+    return getattr(config, name) if config.HasField(name) else default

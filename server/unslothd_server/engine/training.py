@@ -1,0 +1,313 @@
+"""One training from rows to final adapter: what happens in which order, and what becomes of each way it can end."""
+
+import gc
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unslothd.v1.training_event_pb2 import (
+    TrainingCancelled,
+    TrainingEvent,
+    TrainingStarted,
+    TrainingSucceeded,
+    TrainingWarning,
+)
+from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, TrainingMetrics, TrainingPlan
+from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
+from unslothd_server.engine import environment, readback
+from unslothd_server.engine.callbacks import Emit, EventCallback, RunFigures
+from unslothd_server.engine.memory import PeakMemory
+from unslothd_server.engine.model_loading import LoadedModel
+from unslothd_server.engine.oom import exhausted
+from unslothd_server.engine.parameters import count_parameters
+from unslothd_server.engine.step_clock import StepClock
+from unslothd_server.engine.tokens import TokenisedDataset, tokenise
+from unslothd_server.engine.trainer import build_trainer
+from unslothd_server.errors import UnslothdError
+from unslothd_server.worker.ports import StopSignal
+
+OOM_REMEDY = (
+    "train with a smaller batch_size and more gradient_accumulation_steps (the optimizer step stays the same), with "
+    "use_gradient_checkpointing, or with a shorter max_seq_length"
+)
+
+
+class _StopRequestedError(Exception):
+    """Unwinds to where a stop is handled, from before the first step or out of an evaluation."""
+
+
+class TrainingRun:
+    """A training of a prepared model.
+
+    Args:
+        loaded: The model; it keeps what it learns.
+        request: What to do.
+        emit: Takes events.
+        stop: Asks to end at the next step boundary.
+    """
+
+    def __init__(self, loaded: LoadedModel, request: StartTrainingRequest, emit: Emit, stop: StopSignal) -> None:
+        self._loaded = loaded
+        self._request = request
+        self._emit = emit
+        self._stop = stop
+        self._output_dir = Path(request.output_dir)
+        self._figures = RunFigures(StepClock(), PeakMemory())
+        self._row_warnings: list[TrainingWarning] = []
+
+    def run(self) -> TrainingSucceeded | TrainingCancelled:
+        """Trains to the end, or to the stop.
+
+        Raises:
+            UnslothdError: What a user can mend, as the parts say; OUT_OF_MEMORY and DISK_FULL among them.
+        """
+        trainer: Any = None
+        try:
+            train_rows, eval_rows = self._rows()
+            with self._tensorboard() as tensorboard:
+                events = EventCallback(
+                    self._emit,
+                    self._stop,
+                    self._figures,
+                    on_begin=lambda: self._started(trainer, train_rows, eval_rows),
+                    has_eval=eval_rows is not None,
+                )
+                trainer = self._build(train_rows, eval_rows, [*tensorboard, events])
+                trainer.train(resume_from_checkpoint=self._request.resume_from_checkpoint or None)
+                return self._finish(trainer, events)
+        except _StopRequestedError:
+            return self._stopped(trainer)
+        except UnslothdError:
+            raise
+        except Exception as error:
+            known = exhausted(error, OOM_REMEDY)
+            if known is None:
+                raise
+            raise known from error
+        finally:
+            del trainer
+            self._clean_up()
+
+    def _rows(self) -> tuple[TokenisedDataset, TokenisedDataset | None]:
+        train_rows = self._tokenise("train_dataset")
+        eval_rows = self._tokenise("eval_dataset") if self._request.HasField("eval_dataset") else None
+        if self._request.config.micro_batching == MICRO_BATCHING_TUNED:
+            self._warn(
+                "CONFIG_DIFFERS",
+                "micro_batching TUNED was asked for, but this version splits the step as batch_size and "
+                "gradient_accumulation_steps say.",
+            )
+        return train_rows, eval_rows
+
+    def _tokenise(self, field: str) -> TokenisedDataset:
+        rows = tokenise(
+            getattr(self._request, field),
+            self._loaded.tokenizer,
+            self._loaded.max_seq_length,
+            field=field,
+            check=self._check_stop,
+        )
+        limit = self._loaded.max_seq_length
+        if rows.truncated_rows:
+            self._warn(
+                "ROWS_TRUNCATED",
+                f"{rows.truncated_rows} of {rows.num_rows} rows of {field} are longer than max_seq_length and were cut "
+                f"at {limit} tokens. Load the model with a larger max_seq_length to train on all of them.",
+            )
+        if rows.dropped_rows:
+            self._warn(
+                "ROWS_DROPPED",
+                f"{rows.dropped_rows} of {rows.num_rows + rows.dropped_rows} rows of {field} were left out: none of "
+                f"their tokens carries loss within {limit} tokens. Look for empty answers and for prompts that fill "
+                "max_seq_length.",
+            )
+        return rows
+
+    def _check_stop(self) -> None:
+        if self._stop.requested.is_set():
+            raise _StopRequestedError
+
+    def _warn(self, reason: str, message: str) -> None:
+        self._row_warnings.append(TrainingWarning(reason=reason, message=message))
+
+    @property
+    def _tensorboard_dir(self) -> Path:
+        return self._output_dir / "runs"
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[list[Any]]:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        first_step = self._resume_step() + 1
+        # On a resume the figures of steps that are done again are replaced.
+        writer = SummaryWriter(log_dir=str(self._tensorboard_dir), purge_step=first_step if first_step > 1 else None)
+        try:
+            yield [TensorBoardCallback(writer)]
+        finally:
+            writer.close()
+
+    def _resume_step(self) -> int:
+        checkpoint = self._request.resume_from_checkpoint
+        return int(checkpoint.rstrip("/").rpartition("-")[2]) if checkpoint else 0
+
+    def _build(self, train_rows: TokenisedDataset, eval_rows: TokenisedDataset | None, callbacks: list[Any]) -> Any:
+        config = self._request.config
+        if eval_rows is not None and config.early_stopping_patience and config.eval_steps:
+            from transformers import EarlyStoppingCallback
+
+            callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)]
+        return build_trainer(
+            self._loaded,
+            config,
+            self._output_dir,
+            train_rows=train_rows.rows,
+            eval_rows=None if eval_rows is None else eval_rows.rows,
+            callbacks=callbacks,
+            clock=self._figures.clock,
+            check_stop=self._check_stop,
+        )
+
+    def _started(self, trainer: Any, train_rows: TokenisedDataset, eval_rows: TokenisedDataset | None) -> None:
+        """Called when optimizer and schedule exist and before anything runs."""
+        facts = readback.read_trainer(trainer, self._request.config)
+        warnings = [*self._row_warnings, *facts.warnings, *self._useless_settings()]
+        self._emit(
+            TrainingEvent(
+                started=TrainingStarted(
+                    plan=self._plan(trainer, train_rows, eval_rows, facts.config, warnings),
+                    engine=environment.engine_name(),
+                    device=readback.device_title(self._loaded.model),
+                    resumed=bool(self._request.resume_from_checkpoint),
+                    first_step=trainer.state.global_step + 1,
+                    tensorboard_dir=str(self._tensorboard_dir),
+                )
+            )
+        )
+        for warning in warnings:
+            self._emit(TrainingEvent(warning=warning))
+        self._check_stop()
+
+    def _plan(
+        self,
+        trainer: Any,
+        train_rows: TokenisedDataset,
+        eval_rows: TokenisedDataset | None,
+        config: TrainingConfig,
+        warnings: list[TrainingWarning],
+    ) -> TrainingPlan:
+        return TrainingPlan(
+            config=config,
+            row_format=train_rows.row_format,
+            num_rows=train_rows.num_rows,
+            num_tokens=train_rows.num_tokens,
+            total_steps=trainer.state.max_steps,
+            trainable_params=count_parameters(trainer.model).trainable,
+            memory_free_bytes=_free_memory(self._loaded.model),
+            preview=train_rows.preview,
+            warnings=[warning.message for warning in warnings],
+            longest_row_tokens=train_rows.longest_row_tokens,
+            truncated_rows=train_rows.truncated_rows,
+            dropped_rows=train_rows.dropped_rows,
+            loss_tokens=train_rows.loss_tokens,
+            num_eval_rows=0 if eval_rows is None else eval_rows.num_rows,
+        )
+
+    def _useless_settings(self) -> list[TrainingWarning]:
+        config, has_eval = self._request.config, self._request.HasField("eval_dataset")
+        if config.eval_steps and not has_eval:
+            text = "eval_steps has no effect without an eval dataset."
+        elif config.early_stopping_patience and not (has_eval and config.eval_steps):
+            text = "early_stopping_patience has no effect without an eval dataset and eval_steps."
+        else:
+            return []
+        return [TrainingWarning(reason="CONFIG_DIFFERS", message=text)]
+
+    def _finish(self, trainer: Any, events: EventCallback) -> TrainingSucceeded | TrainingCancelled:
+        step = int(trainer.state.global_step)
+        if self._stop.requested.is_set() and step < trainer.state.max_steps:
+            return self._cancelled(step)
+        if trainer.eval_dataset is not None and self._figures.eval_step != step:
+            trainer.evaluate()
+        if self._figures.saved_step != step and not self._resumed_at(step):
+            # Early stopping ends a training without a save.
+            trainer._save_checkpoint(trainer.model, trial=None)
+            events.checkpoint_saved(self._output_dir, step)
+        final = self._save_final()
+        return TrainingSucceeded(metrics=self._metrics(trainer), output_dir=str(final))
+
+    def _resumed_at(self, step: int) -> bool:
+        return bool(self._request.resume_from_checkpoint) and self._resume_step() == step
+
+    def _stopped(self, trainer: Any) -> TrainingCancelled:
+        """A stop before the first step or out of an evaluation; the trainer stands at a step boundary."""
+        step = int(trainer.state.global_step) if trainer is not None else 0
+        if step and self._stop.save_checkpoint and self._figures.saved_step != step and not self._resumed_at(step):
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+        return self._cancelled(step)
+
+    def _cancelled(self, step: int) -> TrainingCancelled:
+        keep = self._stop.save_checkpoint and step > 0
+        return TrainingCancelled(step=step, output_dir=str(self._save_final()) if keep else "")
+
+    def _save_final(self) -> Path:
+        """Writes the adapter (or all weights) and the tokenizer; the folder appears whole or not at all."""
+        final, work = self._output_dir / "final", self._output_dir / "final.partial"
+        for leftover in (final, work):
+            shutil.rmtree(leftover, ignore_errors=True)
+        work.mkdir(parents=True)
+        self._loaded.model.save_pretrained(str(work))
+        self._loaded.tokenizer.save_pretrained(str(work))
+        work.rename(final)
+        return final
+
+    def _metrics(self, trainer: Any) -> TrainingMetrics:
+        seconds = max(self._figures.clock.elapsed(), 1e-9)
+        state = trainer.state
+        sequences = trainer.get_total_train_batch_size(trainer.args) * state.global_step
+        tokens = int(state.num_input_tokens_seen)
+        metrics = TrainingMetrics(
+            train_runtime=seconds,
+            train_samples_per_second=sequences / seconds,
+            train_steps_per_second=state.global_step / seconds,
+            train_loss=_mean_loss(state.log_history),
+            epoch=float(state.epoch or 0.0),
+            train_tokens=tokens,
+            train_tokens_per_second=tokens / seconds,
+            peak_memory_bytes=self._figures.memory.look()[1],
+        )
+        if self._figures.eval_loss is not None:
+            metrics.eval_loss = self._figures.eval_loss
+        return metrics
+
+    def _clean_up(self) -> None:
+        """Gives optimizer, gradients and caches back, so that a second training starts from where the first did."""
+        import torch
+
+        self._loaded.model.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _mean_loss(history: list[dict[str, Any]]) -> float:
+    """Mean over all steps since the first one; Transformers' own forgets the steps before a resume."""
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else 0.0
+
+
+def _free_memory(model: Any) -> int:
+    import psutil
+    import torch
+
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

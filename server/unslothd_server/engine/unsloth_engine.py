@@ -1,0 +1,80 @@
+"""The engine that the worker drives: one model, loaded, prepared, trained and asked by real Unsloth."""
+
+from collections.abc import Callable, Iterator
+from threading import Event
+from typing import TYPE_CHECKING
+
+from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd.v1.generation_pb2 import GenerateSummary
+from unslothd.v1.model_pb2 import LoadProgress, Model
+from unslothd.v1.service_pb2 import GenerateRequest
+from unslothd.v1.training_event_pb2 import TrainingCancelled, TrainingEvent, TrainingSucceeded
+from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
+from unslothd.worker.v1.worker_service_pb2 import LoadModelRequest, PrepareForTrainingRequest, StartTrainingRequest
+from unslothd_server.engine import environment, memory
+from unslothd_server.errors import PreconditionError
+from unslothd_server.worker.ports import StopSignal
+
+if TYPE_CHECKING:
+    from unslothd_server.engine.model_loading import LoadedModel
+
+# Every module that needs torch is imported inside a method: only import_libraries may start the heavy import.
+
+
+class UnslothEngine:
+    """Satisfies `unslothd_server.worker.ports.Engine`."""
+
+    def __init__(self) -> None:
+        self._loaded: LoadedModel | None = None
+
+    def import_libraries(self) -> dict[str, str]:
+        """Does the heavy imports. Returns the versions of the libraries."""
+        return environment.import_libraries()
+
+    def load(
+        self, bootstrap: WorkerBootstrap, request: LoadModelRequest, report: Callable[[LoadProgress], None]
+    ) -> Model:
+        """Loads the model; see `model_loading.load_model` for what it raises."""
+        from unslothd_server.engine import model_loading, readback
+
+        self._loaded = model_loading.load_model(bootstrap, request, report)
+        return readback.describe_model(self._loaded)
+
+    def prepare(self, request: PrepareForTrainingRequest) -> Model:
+        """Attaches the adapter, or marks all weights trainable; see `adapters.prepare` for what it raises."""
+        from unslothd_server.engine import adapters, readback
+
+        loaded = self._require_loaded()
+        adapters.prepare(loaded, request)
+        return readback.describe_model(loaded)
+
+    def train(
+        self, request: StartTrainingRequest, emit: Callable[[TrainingEvent], None], stop: StopSignal
+    ) -> TrainingSucceeded | TrainingCancelled:
+        """Trains to the end or to the stop; see `training.TrainingRun`."""
+        from unslothd_server.engine.training import TrainingRun
+
+        loaded = self._require_loaded()
+        if not loaded.prepared:
+            raise PreconditionError(
+                ErrorReason.ERROR_REASON_MODEL_NOT_PREPARED,
+                "The model has no trainable parameters yet. Call PrepareForTraining, then Train again.",
+            )
+        return TrainingRun(loaded, request, emit, stop).run()
+
+    def generate(self, request: GenerateRequest, cancelled: Event) -> Iterator[str | GenerateSummary]:
+        """Yields text as it comes and the summary at the end; see `generation.generate`."""
+        from unslothd_server.engine import generation
+
+        yield from generation.generate(self._require_loaded(), request, cancelled)
+
+    def memory_bytes(self) -> int:
+        """Bytes that this process holds on its device now."""
+        return memory.memory_bytes()
+
+    def _require_loaded(self) -> "LoadedModel":
+        if self._loaded is None:
+            raise PreconditionError(
+                ErrorReason.ERROR_REASON_MODEL_NOT_READY, "No model is loaded yet. Load one, then call again."
+            )
+        return self._loaded
