@@ -19,8 +19,8 @@ from unslothd_server.app.trainings import Trainings
 from unslothd_server.config import ConfigError, Settings, load_settings
 from unslothd_server.rpc.server import RpcServer
 from unslothd_server.workers.devices import HostDevices
-from unslothd_server.workers.launcher import LocalLauncher
-from unslothd_server.workers.leftovers import end_leftover_workers
+from unslothd_server.workers.launcher import WORKER_COMMAND, LocalLauncher
+from unslothd_server.workers.liveness import kill_session
 
 _GRACE_SECONDS = 5.0
 
@@ -32,9 +32,7 @@ def run(argv: list[str]) -> int:
     app = typer.Typer(add_completion=False)
     app.command()(serve_command)
     try:
-        app(args=argv, prog_name="unslothd serve", standalone_mode=False)
-    except typer.Exit as ended:
-        return ended.exit_code
+        code = app(args=argv, prog_name="unslothd serve", standalone_mode=False)
     except typer.Abort:
         return 130
     except Exception as error:
@@ -42,7 +40,7 @@ def run(argv: list[str]) -> int:
             raise
         error.show()  # type: ignore[attr-defined] - click's usage errors print themselves
         return 2
-    return 0
+    return code or 0
 
 
 def serve_command(
@@ -96,7 +94,7 @@ def serve_command(
         raise typer.Exit(1) from None
 
 
-async def serve(settings: Settings, *, worker_command: tuple[str, ...] | None = None) -> None:
+async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_COMMAND) -> None:
     """Serves until SIGINT or SIGTERM.
 
     Args:
@@ -122,11 +120,10 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] | None = 
     log.info("stopped")
 
 
-async def build_service(settings: Settings, *, worker_command: tuple[str, ...] | None = None) -> Service:
+async def build_service(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_COMMAND) -> Service:
     """Makes the folders and the parts, and brings the state of an earlier server up to date."""
     for folder in (settings.home, settings.output_root):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    await end_leftover_workers(settings.home)
     roots = AllowedRoots([*settings.model_roots, settings.output_root])
     trainings = Trainings(
         TrainingStore(settings.home / "trainings", settings.output_root),
@@ -134,9 +131,14 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] |
         max_queued=settings.max_queued_trainings,
         heartbeat_seconds=settings.heartbeat_seconds,
     )
+    launcher = LocalLauncher(settings.home, trust_remote_code=settings.trust_remote_code, command=worker_command)
+    for leftover in launcher.attach_living():
+        # Not asked to end: it would write into the log that somebody cancelled its training.
+        await kill_session(leftover.pid, within_s=_GRACE_SECONDS)
+        await leftover.stop()
     trainings.recover()
     models = Models(
-        LocalLauncher(settings.home, trust_remote_code=settings.trust_remote_code, command=worker_command),
+        launcher,
         HostDevices(),
         roots,
         max_loaded=settings.max_loaded_models,

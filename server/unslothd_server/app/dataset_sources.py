@@ -4,10 +4,28 @@ import string
 
 from unslothd.v1.dataset_pb2 import DatasetSource, RowFormat
 from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd.v1.service_pb2 import TrainRequest
 from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.errors import FieldViolation, InvalidFieldsError, NotFoundError
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+
+
+def resolve_datasets(request: TrainRequest, roots: AllowedRoots) -> tuple[DatasetSource, DatasetSource | None]:
+    """Returns the rows to train on and, if there are any, to evaluate on; wrong fields of both are told at once."""
+    found: dict[str, DatasetSource] = {}
+    violations: list[FieldViolation] = []
+    sources = {"train_dataset": request.train_dataset}
+    if request.HasField("eval_dataset"):
+        sources["eval_dataset"] = request.eval_dataset
+    for field, source in sources.items():
+        try:
+            found[field] = resolve_dataset(source, field, roots)
+        except InvalidFieldsError as error:
+            violations.extend(error.violations)
+    if violations:
+        raise InvalidFieldsError(violations)
+    return found["train_dataset"], found.get("eval_dataset")
 
 
 def resolve_dataset(source: DatasetSource, field: str, roots: AllowedRoots) -> DatasetSource:

@@ -23,8 +23,8 @@ def page(newest_first: Sequence[str], page_size: int, page_token: str) -> tuple[
     rest = list(newest_first)
     if page_token:
         try:
-            last = base64.urlsafe_b64decode(page_token.encode()).decode()
-        except (binascii.Error, UnicodeError):
+            last = base64.b64decode(page_token, altchars=b"-_", validate=True).decode()
+        except (binascii.Error, ValueError):
             raise InvalidFieldsError(
                 [FieldViolation("page_token", "must be the next_page_token of an earlier answer, unchanged")]
             ) from None

@@ -13,7 +13,7 @@ from unslothd.v1.service_pb2 import ListTrainingsRequest, TrainRequest
 from unslothd.v1.training_event_pb2 import TrainingCancelled, TrainingEvent, TrainingFailed, TrainingStateChanged
 from unslothd.v1.training_pb2 import Training
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.app.dataset_sources import resolve_dataset
+from unslothd_server.app.dataset_sources import resolve_datasets
 from unslothd_server.app.event_feed import EventFeed
 from unslothd_server.app.idempotency import SeenRequests, content_digest
 from unslothd_server.app.models import LoadedModel, Models
@@ -197,10 +197,7 @@ class Trainings:
             )
 
     def _create(self, request: TrainRequest, digest: str, entry: LoadedModel) -> TrainingRun:
-        train = resolve_dataset(request.train_dataset, "train_dataset", self._roots)
-        evaluation = None
-        if request.HasField("eval_dataset"):
-            evaluation = resolve_dataset(request.eval_dataset, "eval_dataset", self._roots)
+        train, evaluation = resolve_datasets(request, self._roots)
         user_config = merged(entry.prepared_config, request.training_config)
         config = completed(user_config, entry.model)
         folder = self._store.free_output_dir(

@@ -49,9 +49,9 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(  # pyright: ignore[reportIncompatibleMethodOverride] - the base leaves it untyped
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
         """Returns the handler of a call, wrapped."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method

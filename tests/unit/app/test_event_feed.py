@@ -119,14 +119,18 @@ def test_a_sequence_beyond_the_log_is_out_of_range_and_says_where_it_ends(log: L
 
 
 def test_an_interrupted_watcher_gets_all_there_is_and_then_the_error(log: Log):
-    async def scenario() -> list[int]:
-        seen: list[int] = []
+    seen: list[int] = []
+
+    async def watch() -> None:
+        async with asyncio.timeout(10):
+            async for frame in log.feed.follow(0, QUIET):
+                seen.append(WatchTrainingResponse.FromString(frame).event.sequence)
+
+    async def scenario() -> None:
         log.steps(2)
         log.feed.interrupt(UnavailableError(ErrorReason.ERROR_REASON_SERVER_STOPPING, "stopping"))
-        with pytest.raises(UnavailableError):
-            async with asyncio.timeout(10):
-                async for frame in log.feed.follow(0, QUIET):
-                    seen.append(WatchTrainingResponse.FromString(frame).event.sequence)
-        return seen
+        await watch()
 
-    assert asyncio.run(scenario()) == [1, 2]
+    with pytest.raises(UnavailableError):
+        asyncio.run(scenario())
+    assert seen == [1, 2]

@@ -1,0 +1,104 @@
+"""A real server in a process of its own, for tests and benchmarks: started, waited for, always ended."""
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from unslothd.v1.service_pb2_grpc import UnslothServiceStub
+
+START_SECONDS = 60.0
+STOP_SECONDS = 60.0
+WITH_FAKE_WORKERS = Path(__file__).parents[1] / "doubles" / "fake_worker_server.py"
+
+
+class RunningServer:
+    """A server with folders of its own below `folder`: home, output and models.
+
+    Args:
+        folder: Empty or of an earlier server, which this one then continues.
+        fake_workers: Start the double instead of real workers (milliseconds instead of a heavy import).
+        arguments: Further arguments of `unslothd serve`.
+        environment: Further environment variables.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        fake_workers: bool = False,
+        arguments: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.home = folder / "home"
+        self.output_root = folder / "output"
+        self.model_root = folder / "models"
+        self.model_root.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "server.log"
+        entry = [str(WITH_FAKE_WORKERS)] if fake_workers else ["-m", "unslothd_server"]
+        command = [sys.executable, *entry, "--listen", "127.0.0.1:0", "--home", str(self.home)]
+        command += ["--output-root", str(self.output_root), "--model-root", str(self.model_root), *arguments]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})},
+            )
+        try:
+            self.target = self._wait_for_address()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _wait_for_address(self) -> str:
+        assert self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(START_SECONDS):
+                raise TimeoutError(f"the server said nothing in {START_SECONDS} s:\n{self.log.read_text()}")
+        line = self.process.stdout.readline().decode()
+        if "is serving on" not in line:
+            self.process.wait(STOP_SECONDS)
+            raise RuntimeError(f"the server did not start: {line}{self.log.read_text()}")
+        return line.split()[-1]
+
+    def channel(self) -> grpc.Channel:
+        """Opens a plain channel; close it."""
+        return grpc.insecure_channel(self.target, options=[("grpc.max_receive_message_length", 64 * 1024 * 1024)])
+
+    def stub(self) -> UnslothServiceStub:
+        """Returns a stub on a channel that lives as long as the stub."""
+        return UnslothServiceStub(self.channel())
+
+    def stop(self) -> int:
+        """Ends it as Ctrl-C does; returns the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(STOP_SECONDS)
+
+    def kill(self) -> None:
+        """Ends it as a crash does."""
+        self.process.kill()
+        self.process.wait(STOP_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            try:
+                self.stop()
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+        if self.process.stdout is not None:
+            self.process.stdout.close()
