@@ -74,10 +74,11 @@ def _plain(value: object) -> object:
 
 def rows_of(data: object) -> Iterable[object]:
     """Returns the rows of a table or an iterable."""
+    name = type(data).__name__
     if isinstance(data, Mapping):
         keys = ", ".join(map(str, cast(Mapping[object, object], data)))
         raise TypeError(
-            f"a {type(data).__name__} is not a sequence of rows (its keys: {keys}); of a DatasetDict pass one split, "
+            f"a {name} is not a sequence of rows (its keys: {keys}); of a DatasetDict pass one split, "
             'e.g. data["train"]; one row alone is [row]'
         )
     if hasattr(data, "notna") and hasattr(data, "iloc"):
@@ -86,7 +87,7 @@ def rows_of(data: object) -> Iterable[object]:
         return _arrow_rows(cast(ArrowTable, data))
     if isinstance(data, bytes | bytearray) or not isinstance(data, Iterable):
         raise TypeError(
-            f"a {type(data).__name__} is not a dataset: pass a list of dicts, a datasets.Dataset, a pandas.DataFrame, "
+            f"a {name} is not a dataset: pass a list of dicts, a datasets.Dataset, a pandas.DataFrame, "
             "a pyarrow.Table, a path, unslothd.ServerPath, unslothd.HubDataset or unslothd.UploadedDataset"
         )
     return cast(Iterable[object], data)

@@ -1,0 +1,19 @@
+"""The command `unslothd`: everything that the client can do, for people and for scripts."""
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and ends the process with its exit code.
+
+    Args:
+        argv: Arguments without the program's name; None = those of the process.
+    """
+    try:
+        from unslothd.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name not in {"typer", "rich"}:
+            raise
+        sys.exit(f"The command line needs {error.name}, which is not installed: pip install 'unslothd[cli]'")
+    app(args=None if argv is None else list(argv), prog_name="unslothd")

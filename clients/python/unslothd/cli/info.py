@@ -1,0 +1,39 @@
+"""`unslothd info`: what the server is and can do."""
+
+import typer
+from rich.table import Table
+
+from unslothd._base import DEFAULT_TARGET
+from unslothd.cli import options, texts
+from unslothd.cli.session import Output, session
+from unslothd.v1.service_pb2 import GetServerInfoResponse
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("info", epilog="Example: unslothd info --target gpu-host:50051")(info)
+
+
+def info(target: options.Target = DEFAULT_TARGET, as_json: options.Json = False) -> None:
+    """Show versions, devices and limits of the server."""
+    with session(target, as_json) as (client, out):
+        answer = client.server_info()
+        if as_json:
+            out.json(answer)
+        else:
+            _show(answer, target, out)
+
+
+def _show(answer: GetServerInfoResponse, target: str, out: Output) -> None:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(answer.engine_versions.items()))
+    out.line(f"unslothd {answer.server_version} at {target}" + (f" with {versions}" if versions else ""))
+    table = Table("device", "name", "free", "total", "models")
+    for device in answer.devices:
+        free, total = texts.size(device.free_memory_bytes), texts.size(device.total_memory_bytes)
+        table.add_row(device.device, device.name, free, total, ", ".join(device.model_ids))
+    out.console.print(table)
+    limits = answer.limits
+    out.line(
+        f"limits: {limits.max_loaded_models} models, {limits.max_queued_trainings} queued trainings a model, "
+        f"{texts.size(limits.max_inline_bytes)} of inline rows, {texts.size(limits.max_message_bytes)} a message"
+    )

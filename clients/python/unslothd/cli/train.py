@@ -1,0 +1,149 @@
+"""`unslothd train`: load, prepare and train in one command, watched live."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import unslothd
+from unslothd._base import DEFAULT_TARGET
+from unslothd._requests import DisconnectPolicyName
+from unslothd._row_format import Layout
+from unslothd.cli import models, options
+from unslothd.cli.follow import follow
+from unslothd.cli.session import Output, Session, session
+
+_DATA = "Rows"
+_EXAMPLES = (
+    "Example: unslothd train --model unsloth/Llama-3.2-1B-Instruct --dataset rows.jsonl --max-steps 60 --lora-r 8\n\n"
+    "Example: unslothd train --model-id llama-3.2-1b-instruct-unsloth --dataset hub:yahma/alpaca-cleaned --json"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("train", epilog=_EXAMPLES)(train)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which model to train, and how to get it there."""
+
+    model: str | None
+    model_id: str | None
+    load: unslothd.LoadOptions
+    lora: unslothd.LoraOptions
+
+
+@options.takes("config", options.ConfigOptions)
+@options.takes("lora", options.LoraOptions)
+@options.takes("load_options", options.LoadOptions)
+def train(
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="A file here (.jsonl, .json, .csv, .parquet; 4 MiB at most), server:PATH, hub:ORG/NAME or "
+            "hub:ORG/NAME:SPLIT, or the sha256:… of an uploaded dataset.",
+            rich_help_panel=_DATA,
+        ),
+    ],
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Load this model first.")] = None,
+    model_id: Annotated[str | None, typer.Option(metavar="ID", help="Train this model, loaded before.")] = None,
+    eval_dataset: Annotated[
+        str | None, typer.Option(help="Rows to evaluate on, as --dataset.", rich_help_panel=_DATA)
+    ] = None,
+    row_format: Annotated[
+        Layout | None, typer.Option(help="Layout of the rows. (default detected)", rich_help_panel=_DATA)
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help='Text with {column} places, e.g. "Q: {question} A: {answer}".', rich_help_panel=_DATA)
+    ] = "",
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="For your own use; repeatable.")] = None,
+    request_id: Annotated[
+        str | None, typer.Option(help="Attach to the training that was started with this id, if there is one.")
+    ] = None,
+    on_disconnect: Annotated[
+        DisconnectPolicyName, typer.Option(help="Whether the training goes on without this command.")
+    ] = "detach",
+    target: options.Target = DEFAULT_TARGET,
+    as_json: options.Json = False,
+    *,
+    config: unslothd.TrainingOptions,
+    lora: unslothd.LoraOptions,
+    load_options: unslothd.LoadOptions,
+) -> None:
+    """Train a model on rows and watch it live.
+
+    Ctrl-C detaches: the training goes on, and the command says how to watch or cancel it. A second Ctrl-C quits hard.
+    """
+    if (model is None) == (model_id is None):
+        raise typer.BadParameter(
+            "pass --model NAME to load one, or --model-id ID of a loaded one", param_hint="--model"
+        )
+    if load_options and model is None:
+        raise typer.BadParameter(f"{_flags(load_options)} need --model NAME", param_hint="--model-id")
+    rows, eval_rows = parse_dataset(dataset), parse_dataset(eval_dataset) if eval_dataset else None
+    labels = options.labels(label or [])
+    with session(target, as_json) as opened:
+        ready = _prepared(opened, _Choice(model, model_id, load_options, lora))
+        run = opened.client.train(
+            ready,
+            rows,
+            eval_rows,
+            row_format=row_format,
+            template=template,
+            labels=labels,
+            request_id=request_id,
+            disconnect_policy=on_disconnect,
+            **config,
+        )
+        if not as_json:
+            opened.out.note(f"training {run.training_id} on {ready}")
+        follow(run, opened.out, cancels_when_left=on_disconnect == "cancel")
+        if not as_json:
+            _say_next(ready, opened.out)
+
+
+def _prepared(opened: Session, choice: _Choice) -> str:
+    """Returns the id of a model that is ready to be trained."""
+    client, out = opened.client, opened.out
+    if choice.model is not None:
+        model = opened.load_model(choice.model, choice.load)
+        if not out.as_json:
+            models.show_loaded(model, out)
+    else:
+        model = client.get_model(choice.model_id or "")
+    if choice.lora or model.state == unslothd.Model.STATE_READY:
+        client.prepare(model, lora=choice.lora or None)
+    return model.model_id
+
+
+def _say_next(model_id: str, out: Output) -> None:
+    out.note(f'Try it: unslothd generate {model_id} "Hello" --chat')
+
+
+def _flags(used: unslothd.LoadOptions) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in used)
+
+
+def parse_dataset(text: str) -> unslothd.DatasetLike:
+    """Returns the dataset that an argument names.
+
+    Raises:
+        typer.BadParameter: It is no file here and has no prefix that says where it is.
+    """
+    if text.startswith("server:"):
+        return unslothd.ServerPath(text.removeprefix("server:"))
+    if text.startswith("hub:"):
+        name, _, split = text.removeprefix("hub:").partition(":")
+        return unslothd.HubDataset(name, split=split)
+    if text.startswith("sha256:"):
+        return unslothd.UploadedDataset(text)
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise typer.BadParameter(
+            f"{text!r} is no file here; for a file on the server write server:{text}, for a Hub dataset hub:{text}",
+            param_hint="--dataset",
+        )
+    return path

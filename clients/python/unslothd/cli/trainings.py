@@ -1,0 +1,119 @@
+"""`unslothd watch`, `trainings` and `cancel`: trainings that run or ran."""
+
+from typing import Annotated, cast
+
+import typer
+from rich.table import Table
+
+import unslothd
+from unslothd._base import DEFAULT_TARGET
+from unslothd._requests import TrainingState
+from unslothd.cli import options, texts
+from unslothd.cli.follow import follow
+from unslothd.cli.session import Output, session
+
+TrainingId = Annotated[str, typer.Argument(metavar="TRAINING_ID", help="As `unslothd trainings list` shows it.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command("watch", epilog="Example: unslothd watch training-20261124-120000-abcdef --after 40")(watch)
+    trainings = typer.Typer(no_args_is_help=True)
+    trainings.command("list", epilog="Example: unslothd trainings list --state running --state queued")(list_trainings)
+    trainings.command("get", epilog="Example: unslothd trainings get training-20261124-120000-abcdef --json")(get)
+    app.add_typer(trainings, name="trainings", help="List trainings and look at one.")
+    app.command("cancel", epilog="Example: unslothd cancel training-20261124-120000-abcdef --no-checkpoint")(cancel)
+
+
+def watch(
+    training_id: TrainingId,
+    after: Annotated[int, typer.Option(min=0, help="Last sequence that you have seen; 0 = from the beginning.")] = 0,
+    target: options.Target = DEFAULT_TARGET,
+    as_json: options.Json = False,
+) -> None:
+    """Watch a training: what happened so far, then live. Exits with 1 if it failed or was cancelled."""
+    with session(target, as_json) as (client, out):
+        run = client.watch(training_id, after_sequence=after)
+        follow(run, out)
+        run.result()
+
+
+def list_trainings(
+    model_id: Annotated[str | None, typer.Option(metavar="ID", help="Only those on this model.")] = None,
+    state: Annotated[list[str] | None, typer.Option(help="Only those in this state, e.g. running; repeatable.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only with this label; repeatable.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    target: options.Target = DEFAULT_TARGET,
+    as_json: options.Json = False,
+) -> None:
+    """List trainings, newest first."""
+    labels = options.labels(label or [])
+    with session(target, as_json) as (client, out):
+        found = client.list_trainings(
+            model=model_id, states=cast(list[TrainingState], state or []), labels=labels, limit=limit
+        )
+        if as_json:
+            for training in found:
+                out.json(training)
+        elif found:
+            out.console.print(_table(found))
+        else:
+            out.note("No training matches. Start one: unslothd train --model NAME --dataset rows.jsonl")
+
+
+def _table(trainings: list[unslothd.Training]) -> Table:
+    table = Table("training id", "model", "state", "step", "loss", "created")
+    for training in trainings:
+        loss = f"{training.metrics.train_loss:.4f}" if training.HasField("metrics") else ""
+        steps = f"{training.step}/{training.total_steps}"
+        state, created = texts.training_state(training.state), texts.moment(training.create_time)
+        table.add_row(training.training_id, training.model_id, state, steps, loss, created)
+    return table
+
+
+def get(training_id: TrainingId, target: options.Target = DEFAULT_TARGET, as_json: options.Json = False) -> None:
+    """Show one training as it is now."""
+    with session(target, as_json) as (client, out):
+        training = client.get_training(training_id)
+        if as_json:
+            out.json(training)
+        else:
+            _show(training, out)
+
+
+def _show(training: unslothd.Training, out: Output) -> None:
+    lines = {
+        "training": training.training_id,
+        "model": f"{training.model_id} ({training.model_name})",
+        "state": texts.training_state(training.state),
+        "step": f"{training.step} of {training.total_steps}",
+        "events": str(training.last_sequence),
+        "created": texts.moment(training.create_time),
+        "started": texts.moment(training.start_time),
+        "ended": texts.moment(training.end_time),
+        "figures": texts.metrics(training.metrics) if training.HasField("metrics") else "",
+        "error": training.error.message,
+        "adapter": training.output_dir,
+        "checkpoints": ", ".join(str(each.step) for each in training.checkpoints),
+        "labels": ", ".join(f"{key}={value}" for key, value in sorted(training.labels.items())),
+    }
+    for name, value in lines.items():
+        if value:
+            out.line(f"{name:12}{value}")
+
+
+def cancel(
+    training_id: TrainingId,
+    checkpoint: Annotated[bool, typer.Option(help="Save a checkpoint and the adapter so far.")] = True,
+    target: options.Target = DEFAULT_TARGET,
+    as_json: options.Json = False,
+) -> None:
+    """Ask a training to stop at its next step."""
+    with session(target, as_json) as (client, out):
+        training = client.cancel(training_id, save_checkpoint=checkpoint)
+        if as_json:
+            out.json(training)
+        else:
+            out.line(f"{training_id} is {texts.training_state(training.state)}")
