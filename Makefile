@@ -17,6 +17,7 @@ help: ## this list
 
 .PHONY: setup
 setup: $(READY) ## make .venv with everything: the server, the clients, the tools (Linux: about 7 GB, most of it CUDA)
+	@echo "everything is in .venv; try: make demo"
 
 $(READY): requirements/dev.txt requirements/no-deps.txt requirements/uv.txt pyproject.toml scripts/venv.sh
 	@echo "setting up .venv"

@@ -29,7 +29,11 @@ def main() -> int:
     """Runs one of the two."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        generate(out)
+        try:
+            generate(out)
+        except subprocess.CalledProcessError as failure:
+            print(f"`{' '.join(failure.cmd)}` failed; what it said is above. Nothing was changed.")
+            return 1
         stale = differences(out)
         if sys.argv[1:] == ["--check"]:
             return report(stale, uncommitted())
@@ -73,7 +77,7 @@ def uncommitted() -> dict[str, str]:
 
 def report(stale: dict[str, str], unknown: dict[str, str]) -> int:
     """Says what is wrong and what to do. Returns the exit status."""
-    for path, how in (stale | unknown).items():
+    for path, how in (unknown | stale).items():
         print(f"{path}: {how}")
     if stale:
         print("\nThe stubs do not fit the protos or the generators: run `make generate` and commit what it writes.")
