@@ -13,7 +13,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from unslothd.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in {"typer", "rich"}:
+        package = (error.name or "").partition(".")[0]
+        if package not in {"typer", "rich"}:
             raise
-        sys.exit(f"The command line needs {error.name}, which is not installed: pip install 'unslothd[cli]'")
+        sys.exit(f"The command line needs {package}, which is not installed: pip install 'unslothd[cli]'")
     app(args=None if argv is None else list(argv), prog_name="unslothd")

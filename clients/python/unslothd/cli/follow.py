@@ -18,6 +18,7 @@ from unslothd.v1.training_event_pb2 import StepProgress
 
 _SPARK_WIDTH = 60
 _STYLES = {"warning": "yellow", "recovery": "yellow", "failed": "red", "cancelled": "yellow", "succeeded": "green"}
+_FINAL = {"succeeded", "failed", "cancelled"}
 
 
 class _View(Protocol):
@@ -76,6 +77,8 @@ class _Bar:
 
     def show(self, event: unslothd.TrainingEvent) -> None:
         kind = event.WhichOneof("kind") or ""
+        if kind in _FINAL:
+            self._live.stop()  # so that the end stands below the bar
         if kind == "step":
             self._step(event.step)
         elif text := texts.event(event):
@@ -123,6 +126,7 @@ def follow(run: unslothd.TrainingRun, out: Output, *, cancels_when_left: bool = 
         with view:
             for event in run:
                 view.show(event)
+        run.result()
     except KeyboardInterrupt:
         # Whatever hangs from here on, the next Ctrl-C ends the process.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

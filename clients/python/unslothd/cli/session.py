@@ -54,10 +54,13 @@ class Output:
         if self.as_json:
             print(json.dumps({"error": _error_dict(error)}), file=sys.stderr, flush=True)  # noqa: T201
             return
-        self.note(f"{error.code.name} {error.reason}".rstrip() + f": {error.message}", style="red")
-        if len(error.field_violations) > 1:
-            for each in error.field_violations:
-                self.note(f"  {each.field}: {each.description}", style="red")
+        title = f"{error.code.name} {error.reason}".rstrip()
+        if len(error.field_violations) < 2:  # noqa: PLR2004 - more than one is a list
+            self.note(f"{title}: {error.message}", style="red")
+            return
+        self.note(f"{title}: {len(error.field_violations)} fields are wrong", style="red")
+        for each in error.field_violations:
+            self.note(f"  {each.field}: {each.description}", style="red")
 
 
 def as_dict(message: Message) -> dict[str, object]:

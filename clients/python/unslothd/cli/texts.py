@@ -31,7 +31,9 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns seconds as h:mm:ss."""
+    """Returns seconds as h:mm:ss, or below a minute with a tenth: 8.5 s."""
+    if seconds < 60:  # noqa: PLR2004 - a minute
+        return f"{seconds:.1f} s"
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
@@ -88,6 +90,7 @@ def _started(started: training_event_pb2.TrainingStarted) -> str:
         f"{how} on {started.device} with {started.engine}: {number(plan.num_rows)} rows, "
         f"{number(plan.num_tokens)} tokens, {number(plan.total_steps)} steps, "
         f"{number(plan.trainable_params)} trainable parameters"
+        + (f"\ncurves: tensorboard --logdir {started.tensorboard_dir}" if started.tensorboard_dir else "")
     )
 
 

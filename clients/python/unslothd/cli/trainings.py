@@ -33,9 +33,7 @@ def watch(
 ) -> None:
     """Watch a training: what happened so far, then live. Exits with 1 if it failed or was cancelled."""
     with session(target, as_json) as (client, out):
-        run = client.watch(training_id, after_sequence=after)
-        follow(run, out)
-        run.result()
+        follow(client.watch(training_id, after_sequence=after), out)
 
 
 def list_trainings(
