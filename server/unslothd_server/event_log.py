@@ -25,7 +25,7 @@ EVENT_LOG_NAME = "events.binpb"
 TERMINAL_KINDS = frozenset({"succeeded", "failed", "cancelled"})
 
 _EVENT_FIELD_TAG = b"\x0a"  # field 1, length-delimited: `event` of TrainResponse and of both WatchTrainingResponses
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 _MAX_RECORD_BYTES = 64 << 20  # a longer size can only come from a damaged file
 _MAX_SIZE_BYTES = 5  # bytes of the varint of a size up to _MAX_RECORD_BYTES, and one to spare
 _MARK_EVERY = 256  # events between two offsets that a reader remembers

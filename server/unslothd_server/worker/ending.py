@@ -7,6 +7,7 @@ the interpreter's own teardown can hang in CUDA or gRPC, and there is nothing le
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 from threading import Event, Lock, Thread
 
@@ -18,8 +19,11 @@ from unslothd_server.worker.layout import BundleLayout
 
 EXIT_ORPHANED = 3
 
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 _log = logging.getLogger(__name__)
-_LAST_ANSWERS_S = 2.0  # for the answer of Shutdown and the last events
+_LAST_EVENTS_S = 2.0  # for watchers to get the end of a training; an unread one is in the log
+_LAST_ANSWER_S = 0.2  # for the answer of Shutdown; a load under way is dropped after it
 _MISSES_BEFORE_ORPHANED = 2  # one failed look may be a hiccup of a network file system
 
 
@@ -56,7 +60,7 @@ class Ending:
         run = self._holder.active_run()
         if run is not None:
             run.wait_over()
-        self._server.stop(_LAST_ANSWERS_S).wait()
+        self._server.stop(_LAST_ANSWER_S if run is None else _LAST_EVENTS_S).wait()
         exit_now(self._bundle.exit_record, 0, reason)
 
 
@@ -64,15 +68,17 @@ def end_on_signals(ending: Ending) -> None:
     """Makes SIGTERM and SIGINT end the process in order. Call it on the main thread.
 
     The signal's number comes through a pipe to a thread of its own, because the main thread may be deep in a kernel
-    for a whole step. Forked children get the default handlers back: a pool's terminate() would otherwise hang, and
-    their signals would end the worker.
+    for a whole step. Forked children get the default handlers back: a pool's terminate() would otherwise hang. They
+    are born with the signals blocked, because one that came before that would go through the shared pipe and end the
+    worker in place of the child.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _ENDING_SIGNALS:
         signal.signal(number, _only_wake)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_reset_signals)
+    forking = _Forking()
+    os.register_at_fork(before=forking.before, after_in_parent=forking.in_parent, after_in_child=forking.in_child)
     Thread(target=_obey_signals, args=(reader, ending), name="signals", daemon=True).start()
 
 
@@ -86,16 +92,28 @@ def _only_wake(_number: int, _frame: object) -> None:
     """Does nothing: the wake-up descriptor has the number already."""
 
 
-def _reset_signals() -> None:
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+class _Forking(threading.local):
+    """What happens to signals around a fork, for each thread that forks."""
+
+    _mask: set[signal.Signals | int]
+
+    def before(self) -> None:
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
+
+    def in_parent(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def in_child(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in _ENDING_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
 
 def _obey_signals(reader: int, ending: Ending) -> None:
     while True:
         number = os.read(reader, 1)[0]
-        if number in (signal.SIGTERM, signal.SIGINT):
+        if number in _ENDING_SIGNALS:
             ending.begin(f"asked by {signal.Signals(number).name}", save_checkpoint=False)
 
 

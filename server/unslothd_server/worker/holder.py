@@ -153,15 +153,18 @@ class ModelHolder:
         """Runs a training that was taken over. Main thread."""
         run.execute(self._engine)
 
-    def check_generates(self) -> None:
-        """Refuses text while it cannot be made.
+    def check_idle(self, asked: str) -> None:
+        """Refuses what would wait behind a whole training for the main thread.
+
+        Args:
+            asked: What the model would be: "prepared again", "asked for text".
 
         Raises:
-            PreconditionError: Nothing is loaded, or a training is active.
+            PreconditionError: Nothing is loaded, a training is active, or the worker is ending.
         """
         with self._lock:
             self._check_not_ending()
-        self._idle_model("asked for text")
+        self._idle_model(asked)
 
     def generate(self, request: GenerateRequest, cancelled: Event) -> Iterator[str | GenerateSummary]:
         """Yields text, then the summary. Main thread."""

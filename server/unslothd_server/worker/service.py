@@ -55,6 +55,7 @@ class WorkerService(WorkerServiceServicer):
     ) -> messages.PrepareForTrainingResponse:
         """Attaches trainable parameters."""
         with aborting(context, "preparing the model"):
+            self._holder.check_idle("prepared again")
             (model,) = self._on_main(partial(self._prepare, request))
             return messages.PrepareForTrainingResponse(model=model)
 
@@ -90,7 +91,7 @@ class WorkerService(WorkerServiceServicer):
     ) -> Iterator[messages.GenerateResponse]:
         """Streams text; stops when the caller goes away."""
         with aborting(context, "generating"):
-            self._holder.check_generates()
+            self._holder.check_idle("asked for text")
             cancelled = Event()
             if not context.add_callback(cancelled.set):
                 return

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from threading import Condition, Event
 
@@ -41,6 +42,7 @@ class TrainingRun:
         self._path = Path(request.training_dir) / EVENT_LOG_NAME
         self._changed = Condition()
         self._over = False
+        self._last_sequence = request.next_sequence - 1
         self._log_error: UnslothdError | None = None
         self._writer = EventLogWriter(self._path)
         if self._writer.cut_bytes:
@@ -57,7 +59,7 @@ class TrainingRun:
     @property
     def last_sequence(self) -> int:
         """Last sequence in the log."""
-        return self._writer.last_sequence
+        return self._last_sequence
 
     def execute(self, engine: Engine) -> None:
         """Runs the training to its terminal event. Raises nothing. For the main thread."""
@@ -66,12 +68,12 @@ class TrainingRun:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary: the error becomes the last event
             failure = as_unslothd_error(error, f"training {self.request.training_id}")
             terminal = TrainingEvent(failed=TrainingFailed(error=to_status(failure)))
-        try:
-            self._append(terminal, fsync=True)
-        except Exception as error:  # noqa: BLE001 - the watchers get it
-            self._log_error = as_unslothd_error(error, f"ending the log of training {self.request.training_id}")
-        self._writer.close()
-        with self._changed:
+        with self._changed:  # whoever sees the last event finds the worker ready for the next training
+            try:
+                self._append(terminal, fsync=True)
+            except Exception as error:  # noqa: BLE001 - the watchers get it
+                self._log_error = as_unslothd_error(error, f"ending the log of training {self.request.training_id}")
+            self._writer.close()
             self._over = True
             self._changed.notify_all()
 
@@ -102,7 +104,8 @@ class TrainingRun:
         reader = EventLogReader(self._path)
         sequence = after_sequence
         while is_wanted():
-            for entry in reader.read(sequence):
+            # Events beyond last_sequence are in the file already, but not yet promised to be on the disk.
+            for entry in islice(reader.read(sequence), self.last_sequence - sequence):
                 yield entry.event
                 sequence = entry.event.sequence
                 if is_terminal(entry.event):
@@ -130,10 +133,11 @@ class TrainingRun:
         with self._changed:
             numbered = TrainingEvent()
             numbered.CopyFrom(event)
-            numbered.sequence = self._writer.last_sequence + 1
+            numbered.sequence = self._last_sequence + 1
             numbered.training_id = self.request.training_id
             numbered.event_time.GetCurrentTime()
             self._writer.append(numbered, fsync=fsync)
+            self._last_sequence = numbered.sequence
             self._changed.notify_all()
 
     def _wait_beyond(self, sequence: int) -> bool:

@@ -40,9 +40,12 @@ def read_tail(log: Path) -> str:
         return ""
     # Of a progress bar that was drawn over and over, only the last drawing.
     drawn = [line.rstrip("\r").rpartition("\r")[2] for line in data.decode(errors="replace").split("\n")]
-    lines = [line.rstrip() for line in mask_secrets(_CONTROL.sub("", "\n".join(drawn))).split("\n")]
-    tail = "\n".join([line for line in lines if line][-MAX_TAIL_LINES:])
-    return tail.encode()[-MAX_TAIL_BYTES:].decode(errors="ignore")
+    shown = [line.rstrip() for line in mask_secrets(_CONTROL.sub("", "\n".join(drawn))).split("\n")]
+    lines = [line for line in shown if line]
+    crash = _crash(lines)
+    if crash:
+        return "\n".join(crash).encode()[:MAX_TAIL_BYTES].decode(errors="ignore")
+    return "\n".join(lines[-MAX_TAIL_LINES:]).encode()[-MAX_TAIL_BYTES:].decode(errors="ignore")
 
 
 def mask_secrets(text: str) -> str:
@@ -93,6 +96,17 @@ def unresponsive(model_id: str, doing: str, waited_s: float) -> AbortedError:
         "or unload the model.",
         metadata={"model_id": model_id},
     )
+
+
+def _crash(lines: list[str]) -> list[str]:
+    """Returns the head of Python's report of a crash: the stacks of all the other threads would push it out."""
+    fatal = next((index for index, line in enumerate(lines) if line.startswith("Fatal Python error:")), None)
+    if fatal is None:
+        return []
+    current = next(
+        (index for index in range(fatal, len(lines)) if lines[index].startswith("Current thread")), fatal + 1
+    )
+    return [*lines[max(0, fatal - 2) : fatal + 1], *lines[current : current + MAX_TAIL_LINES - 3]]
 
 
 def _how(end: WorkerExit) -> str:
