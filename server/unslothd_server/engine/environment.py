@@ -11,6 +11,8 @@ QUIET_ENVIRONMENT = {
     "UNSLOTH_AUTO_INSTALL": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Bars are for terminals; the worker's stderr is a log.
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     # A dead network must become an answer, not a wait: seconds for the request that only asks what there is.
     "HF_HUB_ETAG_TIMEOUT": "10",
     "HF_HUB_DOWNLOAD_TIMEOUT": "30",

@@ -71,6 +71,9 @@ class RowRenderer:
         self._tokenizer = tokenizer
         self._format = row_format
         self._max_seq_length = max_seq_length
+        self._special_ids = set(tokenizer.all_special_ids) | {
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
         layout = row_format.WhichOneof("layout")
         self._to_text: Callable[[Row], _Text] = getattr(self, f"_{layout}")
         if layout == "chat":
@@ -101,11 +104,7 @@ class RowRenderer:
     def preview(self, row: TokenRow) -> RenderedRow:
         """The row as text with the character ranges that carry loss."""
         text = self._decode(row.input_ids)
-        edges = [
-            index
-            for index in range(len(row.carries_loss) + 1)
-            if _at(row.carries_loss, index) != _at(row.carries_loss, index - 1)
-        ]
+        edges = [edge for run in _runs(row.carries_loss) for edge in run]
         spans = [len(self._decode(row.input_ids[:edge])) for edge in edges]
         return RenderedRow(text=text, num_tokens=len(row.input_ids), loss_spans=spans, truncated=row.truncated)
 
@@ -182,7 +181,7 @@ class RowRenderer:
         ids, mask = self._encode(text)
         if text.special_tokens:
             return self._with_end_token(ids, mask)
-        return ids, self._without_trailing_space(ids, self._with_turn_ends(ids, mask))
+        return ids, self._end_answers_at_their_end(ids, mask) if self._format.completion_only_loss else mask
 
     def _encode(self, text: _Text) -> tuple[list[int], list[bool]]:
         tokenizer = self._tokenizer
@@ -209,27 +208,20 @@ class RowRenderer:
             return [*ids, end], [*mask, True]
         return ids, [*mask[:-1], True]
 
-    def _with_turn_ends(self, ids: list[int], mask: list[bool]) -> list[bool]:
-        """An answer's end-of-turn token is learnt with it, also where only the content could be placed."""
-        special = set(self._tokenizer.all_special_ids)
-        for index in range(1, len(ids)):
-            if mask[index - 1] and not mask[index] and ids[index] in special and ids[index - 1] not in special:
-                mask[index] = True
-        return mask
+    def _end_answers_at_their_end(self, ids: list[int], mask: list[bool]) -> list[bool]:
+        """Makes each answer end with its end-of-turn token.
 
-    def _without_trailing_space(self, ids: list[int], mask: list[bool]) -> list[bool]:
-        """White space that a template puts after the end-of-turn token is not the answer's: generation has ended."""
-        if not self._format.completion_only_loss:
-            return mask
-        special = set(self._tokenizer.all_special_ids)
-        ended = False
-        for index, token in enumerate(ids):
-            if not mask[index]:
-                ended = False
-            elif token in special:
-                ended = True
-            elif ended:
-                mask[index] = bool(self._decode([token]).strip())
+        White space that a template puts after that token is not learnt, because generation has ended there; and where
+        only the content of a turn could be placed, the token that follows it is learnt with it.
+        """
+        for start, end in _runs(mask):
+            special = [index for index in range(start, end) if ids[index] in self._special_ids]
+            if special:
+                tail = range(special[-1] + 1, end)
+                if not self._decode([ids[index] for index in tail]).strip():
+                    mask[tail.start : tail.stop] = [False] * len(tail)
+            elif end < len(ids) and ids[end] in self._special_ids:
+                mask[end] = True
         return mask
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -287,6 +279,12 @@ def _pieces(text: _Text) -> list[tuple[str, bool]]:
         position = end
     pieces.append((text.text[position:], False))
     return [(piece, learnt) for piece, learnt in pieces if piece]
+
+
+def _runs(mask: Sequence[bool]) -> list[Span]:
+    """Ranges of consecutive true flags."""
+    edges = [index for index in range(len(mask) + 1) if _at(mask, index) != _at(mask, index - 1)]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _at(flags: Sequence[bool], index: int) -> bool:

@@ -144,8 +144,11 @@ class TrainingRun:
         first_step = self._resume_step() + 1
         # On a resume the figures of steps that are done again are replaced.
         writer = SummaryWriter(log_dir=str(self._tensorboard_dir), purge_step=first_step if first_step > 1 else None)
+        callback = TensorBoardCallback(writer)
+        # Transformers closes its writer before our last evaluation, and opens another one here.
+        callback.logging_dir = str(self._tensorboard_dir)
         try:
-            yield [TensorBoardCallback(writer)]
+            yield [callback]
         finally:
             writer.close()
 
