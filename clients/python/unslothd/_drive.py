@@ -89,6 +89,8 @@ class _Driver(Generic[ItemT, ResultT]):
     def _open(self, operation: _flows.OpenStream) -> None:
         self._cancel_stream()
         self._stream = self._transport.start(operation.method, operation.request, None)
+        if self._failure is not None:  # closed in the meantime
+            self._cancel_stream()
 
     def _cancel_stream(self) -> None:
         if self._stream is not None:
@@ -96,10 +98,9 @@ class _Driver(Generic[ItemT, ResultT]):
             self._stream = None
 
     def close(self) -> None:
-        """Ends the flow and its stream. What runs on the server goes on."""
+        """Ends the flow and its stream. What runs on the server goes on. Legal from any thread."""
         if not self._finished and self._failure is None:
             self._failure = RuntimeError("closed before its end")
-        self._flow.close()
         self._cancel_stream()
 
 
@@ -132,7 +133,8 @@ class SyncDriver(_Driver[ItemT, ResultT]):
             case _flows.OpenStream():
                 return self._open(operation)
             case _flows.Next():
-                return next(self._stream, None)
+                stream = self._stream  # None after close() in another thread
+                return None if stream is None else next(stream, None)
             case _flows.CloseStream():
                 return self._cancel_stream()
             case _flows.Sleep():
@@ -169,7 +171,8 @@ class AsyncDriver(_Driver[ItemT, ResultT]):
             case _flows.OpenStream():
                 return self._open(operation)
             case _flows.Next():
-                message = await self._stream.read()
+                stream = self._stream
+                message = grpc.aio.EOF if stream is None else await stream.read()
                 return None if message is grpc.aio.EOF else message
             case _flows.CloseStream():
                 return self._cancel_stream()

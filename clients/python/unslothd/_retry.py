@@ -1,11 +1,14 @@
 """When to try again after a lost connection, and when to give up."""
 
+import logging
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from unslothd import errors
+
+_log = logging.getLogger("unslothd")
 
 _FIRST_DELAY = 0.1
 _LONGEST_DELAY = 5.0
@@ -57,9 +60,12 @@ class Retry:
             errors.UnslothdError: `error` itself, when there was no progress for too long.
         """
         now = self.clock()
+        patience = self.timeout if self.peer.heard else min(self.timeout, self.first_contact)
         if self._since is None:
             self._since = now
-        left = self._since + (self.timeout if self.peer.heard else min(self.timeout, self.first_contact)) - now
+            if patience > 0:
+                _log.warning("connection lost, trying again for up to %.0f s: %s", patience, error)
+        left = self._since + patience - now
         if left <= 0:
             raise error
         delay = min(_FIRST_DELAY * 2**self._attempt, _LONGEST_DELAY) * self.jitter()

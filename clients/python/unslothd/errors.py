@@ -26,6 +26,7 @@ from typing import Protocol, cast
 
 import grpc
 from google.protobuf.any_pb2 import Any
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 
@@ -193,13 +194,20 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> UnslothdError:
     call = cast(_RpcError, error)
     for key, value in call.trailing_metadata() or ():
         if key == _DETAILS_KEY and isinstance(value, bytes):
-            found = from_status(Status.FromString(value))
-            if found.reason:
+            found = _parsed(value)
+            if found is not None and found.reason:
                 return found
     code = call.code() or grpc.StatusCode.UNKNOWN
     text = f"{call.details() or code.name} (server {target})"
     kind = _BY_CODE.get(code, UnslothdError)
     return kind(f"{text}. {_HINTS[code]}" if code in _HINTS else text, code=code)
+
+
+def _parsed(details: bytes) -> UnslothdError | None:
+    try:
+        return from_status(Status.FromString(details))
+    except DecodeError:  # not the server's own: what is between may put anything there
+        return None
 
 
 def from_status(status: Status) -> UnslothdError:

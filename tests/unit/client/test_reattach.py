@@ -1,6 +1,10 @@
 """Every event reaches the user once, however often the connection breaks: both clients, over real sockets."""
 
 import asyncio
+import contextlib
+import random
+import socket
+import struct
 import threading
 from collections.abc import Callable
 
@@ -282,3 +286,110 @@ def test_a_run_that_is_left_says_so_when_its_result_is_asked_for(server, say):
             next(run)
         with pytest.raises(RuntimeError, match="closed"):
             run.result()
+
+
+def test_a_run_that_is_closed_from_another_thread_ends(server, say):
+    two_read, left = threading.Event(), threading.Event()
+
+    def hold(_request: object, context: grpc.ServicerContext) -> None:
+        context.add_callback(left.set)
+        left.wait(20)
+
+    server.script.on("Train", say.events(1, 2, then=hold))
+    seen: list[int] = []
+
+    def read(run: unslothd.TrainingRun) -> None:
+        for event in run:
+            seen.append(event.sequence)
+            if event.sequence == 2:
+                two_read.set()
+
+    with unslothd.Client(server.target) as client:
+        run = client.train("m", ROWS)
+        reader = threading.Thread(target=read, args=[run])
+        reader.start()
+        assert two_read.wait(20)
+        run.close()
+        reader.join(20)
+    assert not reader.is_alive()
+    assert seen == [1, 2]
+    assert left.wait(20)
+    assert server.script.calls("WatchTraining") == []
+
+
+def test_a_lost_connection_is_logged_once(server, say, caplog):
+    server.script.on("Train", say.events(1, then=say.lose()))
+    server.script.on("WatchTraining", say.lose(), say.lose(), say.events(say.succeeded(2)))
+    train_sync(server.target)
+    assert [record.getMessage() for record in caplog.records if record.name == "unslothd"] == [
+        f"connection lost, trying again for up to 120 s: Socket closed (server {server.target}). "
+        "Check that `unslothd serve` runs there and that the target is right."
+    ]
+
+
+class Breaker:
+    """A TCP proxy that resets each connection after a few hundred bytes of answers, another number each time."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._random = random.Random(7)
+        self.resets = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._port))
+            forward = threading.Thread(target=self._forward, args=[client, server], daemon=True)
+            forward.start()
+            threading.Thread(target=self._backward, args=[server, client, forward], daemon=True).start()
+
+    def _forward(self, client: socket.socket, server: socket.socket) -> None:
+        try:
+            while data := client.recv(4096):
+                server.sendall(data)
+        except OSError:
+            pass
+        server.close()
+
+    def _backward(self, server: socket.socket, client: socket.socket, forward: threading.Thread) -> None:
+        left = self._random.randint(2000, 8000)
+        try:
+            while left > 0 and (data := server.recv(min(left, 512))):
+                client.sendall(data)
+                left -= len(data)
+        except OSError:
+            pass
+        self.resets += 1
+        # A socket on which another thread waits is not closed: wake it first.
+        with contextlib.suppress(OSError):
+            client.shutdown(socket.SHUT_RD)
+        forward.join(10)
+        # With a linger time of 0 closing sends RST instead of FIN.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+
+
+def test_every_event_comes_once_over_a_line_that_breaks_again_and_again(server, say, train):
+    def log(request: service_pb2.TrainRequest | service_pb2.WatchTrainingRequest, context: object) -> object:
+        first = request.after_sequence + 1 if isinstance(request, service_pb2.WatchTrainingRequest) else 1
+        return say.events(*range(first, 200), say.succeeded(200))(request, context)
+
+    server.script.on("Train", *[log] * 1000)
+    server.script.on("WatchTraining", *[log] * 1000)
+    breaker = Breaker(server.port)
+    try:
+        assert train(breaker.target)[0] == list(range(1, 201))
+    finally:
+        breaker.close()
+    assert breaker.resets >= 3
+    assert len({request.request_id for request in server.script.calls("Train")}) == 1

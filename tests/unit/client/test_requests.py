@@ -1,5 +1,7 @@
 """Python arguments become exactly the fields that the user set."""
 
+import asyncio
+
 import pytest
 
 import unslothd
@@ -157,3 +159,42 @@ def test_the_target_comes_from_the_environment_when_none_is_given(monkeypatch):
     assert unslothd.Client("other:1").target == "other:1"
     monkeypatch.delenv("UNSLOTHD_TARGET")
     assert unslothd.Client().target == "127.0.0.1:50051"
+
+
+def test_every_method_of_the_async_client_returns_what_the_sync_one_does(server, say):
+    model = model_pb2.Model(model_id="m")
+    training = training_pb2.Training(training_id=say.TRAINING)
+    script = server.script
+    script.on("GetServerInfo", say.answer(service_pb2.GetServerInfoResponse(server_version="1")))
+    script.on("ListModels", say.answer(service_pb2.ListModelsResponse(models=[model])))
+    script.on("GetModel", say.answer(service_pb2.GetModelResponse(model=model)))
+    script.on("PrepareForTraining", say.answer(service_pb2.PrepareForTrainingResponse(model=model)))
+    script.on("Train", say.events(1, say.succeeded(2)))
+    script.on("CancelTraining", *[say.answer(service_pb2.CancelTrainingResponse(training=training))] * 2)
+    script.on("GetTraining", say.answer(service_pb2.GetTrainingResponse(training=training)))
+    script.on("ListTrainings", say.answer(service_pb2.ListTrainingsResponse(trainings=[training])))
+    script.on(
+        "Generate", say.messages(service_pb2.GenerateResponse(text="Hi"), service_pb2.GenerateResponse(summary={}))
+    )
+    script.on("UnloadModel", say.answer(service_pb2.UnloadModelResponse(freed_memory_bytes=9)))
+
+    async def main() -> None:
+        async with asyncio.timeout(20), unslothd.AsyncClient(server.target) as client:
+            assert (await client.server_info()).server_version == "1"
+            assert await client.list_models() == [model]
+            assert await client.get_model("m") == model
+            assert (await client.prepare("m", max_steps=3)).model == model
+            async with await client.train("m", ROWS) as run:
+                assert (run.training_id, run.last_sequence) == (say.TRAINING, 0)
+                assert await run.cancel() == training
+                assert (await run.result()).train_loss == 0.5
+                assert run.last_sequence == 2
+            assert await client.cancel(run) == training
+            assert await client.get_training(run) == training
+            assert await client.list_trainings() == [training]
+            stream = client.generate("m", "Say hi")
+            assert await stream.text() == "Hi"
+            assert stream.summary is not None
+            assert await client.unload_model("m") == 9
+
+    asyncio.run(main())
