@@ -1,6 +1,5 @@
 """Starts workers as local subprocesses, each in a session, folder, environment and log of its own."""
 
-import asyncio
 import logging
 import os
 import subprocess
@@ -59,8 +58,9 @@ class LocalLauncher:
         leftover = self._attach(self._home / "workers" / model_id)
         if leftover is not None:
             await leftover.stop()
-        bundle = await asyncio.to_thread(self._make_bundle, model_id, device_map)
-        child = await asyncio.to_thread(self._spawn, bundle)
+        # Milliseconds, and not in a thread: a cancelled launch would lose what the thread goes on to make.
+        bundle = self._make_bundle(model_id, device_map)
+        child = self._spawn(bundle)
         worker = WorkerProcess(bundle, self._home, ProcessHandle(child.pid), child, self._timeouts)
         try:
             await worker.wait_listening()

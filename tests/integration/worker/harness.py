@@ -50,7 +50,6 @@ class Home:
     def __init__(self, path: Path, scratch: Path) -> None:
         self.path = path
         self.scratch = scratch
-        self.may_leave_workers = False
 
     def launcher(self, *, timeouts: WorkerTimeouts = PATIENT, **knobs: Any) -> LocalLauncher:
         """Returns a launcher of doubles with these knobs of the process."""

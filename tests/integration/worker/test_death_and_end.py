@@ -125,6 +125,24 @@ def test_a_worker_that_never_listens_is_ended_within_the_bound(home: Home):
     bounded(test())
 
 
+def test_a_launch_that_is_cancelled_leaves_nothing(home: Home):
+    async def test() -> None:
+        command = [sys.executable, "-c", "import signal; signal.pause()"]
+        timeouts = WorkerTimeouts(answer=0.2, end_in_order=0.2, death_after_broken_call=0.1)
+        launch = asyncio.create_task(
+            LocalLauncher(home.path, command=command, timeouts=timeouts).launch("m", device_map="")
+        )
+        await until((home.path / "workers" / "m" / "worker.log").exists)
+
+        launch.cancel()
+        await asyncio.wait([launch])
+
+        assert launch.cancelled()
+        assert list((home.path / "workers").iterdir()) == []
+
+    bounded(test())
+
+
 def test_a_stopped_process_is_unresponsive_not_dead(home: Home):
     async def test() -> None:
         worker = await home.loaded(timeouts=WorkerTimeouts(answer=0.5, end_in_order=0.2, end_on_sigterm=0.2))
