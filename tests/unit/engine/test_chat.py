@@ -36,7 +36,7 @@ def renderer(template: str) -> Callable[..., str]:
     def refuse(text: str) -> None:
         raise TemplateError(text)
 
-    compiled = Environment(autoescape=False).from_string(template)  # noqa: S701
+    compiled = Environment(autoescape=False).from_string(template)
 
     def render(turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
         return compiled.render(messages=turns, add_generation_prompt=add_generation_prompt, refuse=refuse)

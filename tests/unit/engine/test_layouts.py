@@ -57,13 +57,17 @@ def test_a_flag_without_a_layout_is_kept_when_the_layout_is_detected() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [RowFormat(text=TextLayout()), RowFormat(template=TemplateLayout(template="{text}"))], ids=["text", "template"]
+    "given",
+    [RowFormat(text=TextLayout()), RowFormat(template=TemplateLayout(template="{text}"))],
+    ids=["text", "template"],
 )
 def test_loss_on_answers_only_is_refused_where_there_are_no_answers(given: RowFormat) -> None:
     given.completion_only_loss = True
     with pytest.raises(InvalidFieldsError) as raised:
         resolve_layout(given, ["text"], field="eval_dataset")
-    assert [violation.field for violation in raised.value.violations] == ["eval_dataset.row_format.completion_only_loss"]
+    assert [violation.field for violation in raised.value.violations] == [
+        "eval_dataset.row_format.completion_only_loss"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,14 +75,18 @@ def test_loss_on_answers_only_is_refused_where_there_are_no_answers(given: RowFo
     [(None, ["prompt", "chosen", "rejected"]), (RowFormat(preference=PreferenceLayout()), ["prompt"])],
     ids=["detected", "given"],
 )
-def test_preference_rows_are_refused_for_training_with_a_clear_text(given: RowFormat | None, columns: list[str]) -> None:
+def test_preference_rows_are_refused_for_training_with_a_clear_text(
+    given: RowFormat | None, columns: list[str]
+) -> None:
     with pytest.raises(DatasetError) as raised:
         resolve_layout(given, columns, field="train_dataset")
     assert "preference" in raised.value.message
     assert raised.value.reason_name == "DATASET_COLUMNS"
 
 
-@pytest.mark.parametrize("template", ["{text.__class__}", "{rows[0]}", "{text!r}", "{text:>9}", "{}", "{text", "no place"])
+@pytest.mark.parametrize(
+    "template", ["{text.__class__}", "{rows[0]}", "{text!r}", "{text:>9}", "{}", "{text", "no place"]
+)
 def test_a_template_with_more_than_plain_places_is_refused(template: str) -> None:
     with pytest.raises(InvalidFieldsError) as raised:
         resolve_layout(RowFormat(template=TemplateLayout(template=template)), ["text"], field="train_dataset")
@@ -87,6 +95,8 @@ def test_a_template_with_more_than_plain_places_is_refused(template: str) -> Non
 
 def test_a_template_needs_the_columns_it_names() -> None:
     given = RowFormat(template=TemplateLayout(template="{{brace}} {review} {stars}"))
-    assert resolve_layout(given, ["stars", "review"], field="train_dataset").template.template == given.template.template
+    assert (
+        resolve_layout(given, ["stars", "review"], field="train_dataset").template.template == given.template.template
+    )
     with pytest.raises(DatasetError, match='"stars"'):
         resolve_layout(given, ["review"], field="train_dataset")

@@ -1,0 +1,55 @@
+"""Real Unsloth on a tiny random Llama; the libraries are imported once for all tests of this folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.engine_runs import Loaded, LoadTiny, Row
+from support.tiny_model import build_tiny_llama
+from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
+from unslothd.worker.v1.worker_service_pb2 import LoadModelRequest
+from unslothd_server.engine.unsloth_engine import UnslothEngine
+
+
+@pytest.fixture(scope="session")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The heavy import, in a folder where Unsloth may write what it likes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("cwd"))
+        yield UnslothEngine().import_libraries()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def load(versions: dict[str, str], tiny: Path, tmp_path: Path) -> LoadTiny:
+    """Loads a model; the tiny one unless another source is given."""
+
+    def load_model(source: Path | str | None = None, **options: Any) -> Loaded:
+        engine, progress = UnslothEngine(), []
+        options = {"max_seq_length": 128, "seed": 3, **options}
+        request = LoadModelRequest(model_name="tiny", source=str(source or tiny), **options)
+        bootstrap = WorkerBootstrap(device_map="auto", cache_dir=str(tmp_path / "cache"))
+        model = engine.load(bootstrap, request, progress.append)
+        return Loaded(engine, model, progress, tmp_path)
+
+    return load_model
+
+
+@pytest.fixture
+def prepared(load: LoadTiny) -> Loaded:
+    """The tiny model with an adapter."""
+    loaded = load()
+    loaded.prepare()
+    return loaded
+
+
+@pytest.fixture
+def texts() -> list[Row]:
+    """Eight rows of different lengths."""
+    return [{"text": "The quick brown fox jumps over the lazy dog. " * (1 + number % 3)} for number in range(8)]

@@ -1,0 +1,121 @@
+"""Short words for what the engine's tests do: load, prepare, train, and look at what was told."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unslothd.v1.dataset_pb2 import DatasetSource, RowFormat
+from unslothd.v1.model_pb2 import LoadProgress, LoraConfig, Model
+from unslothd.v1.training_event_pb2 import TrainingCancelled, TrainingEvent, TrainingSucceeded
+from unslothd.v1.training_pb2 import TrainingConfig
+from unslothd.worker.v1.worker_service_pb2 import PrepareForTrainingRequest, StartTrainingRequest
+from unslothd_server.engine.unsloth_engine import UnslothEngine
+from unslothd_server.worker.ports import StopSignal
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Loaded:
+    """An engine with a model, and short words for what tests do with it."""
+
+    engine: UnslothEngine
+    model: Model
+    progress: list[LoadProgress]
+    folder: Path
+
+    def prepare(self, lora: LoraConfig | None = None, *, seed: int = 7, checkpointing: bool = False) -> Model:
+        request = PrepareForTrainingRequest(seed=seed, use_gradient_checkpointing=checkpointing)
+        if lora is not None:
+            request.lora.CopyFrom(lora)
+        return self.engine.prepare(request)
+
+    def train(self, rows: list[Row] | Path, config: TrainingConfig | None = None, **options: Any) -> "Run":
+        return train(self, rows, config or TrainingConfig(max_steps=2, warmup_steps=0), **options)
+
+    @property
+    def torch_model(self) -> Any:
+        return self.engine._loaded.model  # type: ignore[union-attr]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.engine._loaded.tokenizer  # type: ignore[union-attr]
+
+
+@dataclass
+class Run:
+    """What a training did."""
+
+    output_dir: Path
+    events: list[TrainingEvent] = field(default_factory=list)
+    result: TrainingSucceeded | TrainingCancelled | None = None
+    kinds: list[str] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[Any]:
+        return [getattr(event, kind) for event in self.events if event.WhichOneof("kind") == kind]
+
+    @property
+    def plan(self) -> Any:
+        return self.of("started")[0].plan
+
+    @property
+    def warnings(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for warning in self.of("warning"):
+            found.setdefault(warning.reason, []).append(warning.message)
+        return found
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.of("step")]
+
+
+LoadTiny = Callable[..., Loaded]
+
+
+def train(
+    loaded: Loaded,
+    rows: list[Row] | Path,
+    config: TrainingConfig,
+    *,
+    eval_rows: list[Row] | None = None,
+    row_format: RowFormat | None = None,
+    name: str = "out",
+    stop: StopSignal | None = None,
+    on_event: Callable[[TrainingEvent, StopSignal], None] | None = None,
+    resume_from: Path | None = None,
+) -> Run:
+    stop = stop or StopSignal(threading.Event())
+    run = Run(loaded.folder / name)
+
+    def emit(event: TrainingEvent) -> None:
+        run.events.append(event)
+        run.kinds.append(str(event.WhichOneof("kind")))
+        if on_event is not None:
+            on_event(event, stop)
+
+    request = StartTrainingRequest(
+        training_id=name,
+        config=config,
+        train_dataset=as_source(loaded.folder / f"{name}-rows.jsonl", rows, row_format),
+        output_dir=str(run.output_dir),
+        resume_from_checkpoint="" if resume_from is None else str(resume_from),
+    )
+    if eval_rows is not None:
+        request.eval_dataset.CopyFrom(as_source(loaded.folder / f"{name}-eval.jsonl", eval_rows, row_format))
+    run.result = loaded.engine.train(request, emit, stop)
+    return run
+
+
+def as_source(path: Path, rows: list[Row] | Path, row_format: RowFormat | None) -> DatasetSource:
+    if isinstance(rows, Path):
+        path = rows
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = DatasetSource(path=str(path))
+    if row_format is not None:
+        source.row_format.CopyFrom(row_format)
+    return source
