@@ -45,13 +45,13 @@ def run(argv: list[str]) -> int:
 
 def serve_command(
     listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT to serve on; port 0 takes a free one. [default: 127.0.0.1:50051]")
+        str | None, typer.Option(help="HOST:PORT to serve on; port 0 takes a free one. (default 127.0.0.1:50051)")
     ] = None,
     home: Annotated[
-        Path | None, typer.Option(help="Folder for the server's state: workers, trainings. [default: ~/.unslothd]")
+        Path | None, typer.Option(help="Folder for the server's state: workers, trainings. (default ~/.unslothd)")
     ] = None,
     output_root: Annotated[
-        Path | None, typer.Option(help="Folder for adapters, checkpoints and logs. [default: ./unslothd-output]")
+        Path | None, typer.Option(help="Folder for adapters, checkpoints and logs. (default ./unslothd-output)")
     ] = None,
     model_root: Annotated[
         list[Path] | None,
@@ -64,7 +64,7 @@ def serve_command(
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Run code that model repositories bring along.")
     ] = None,
-    max_loaded_models: Annotated[int | None, typer.Option(help="Most models at a time. [default: 8]")] = None,
+    max_loaded_models: Annotated[int | None, typer.Option(help="Most models at a time. (default 8)")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every call.")] = False,
 ) -> None:
     """Serves fine-tuning over gRPC until Ctrl-C.

@@ -39,7 +39,7 @@ class Settings(BaseSettings):
         default=False, description="Serve without TLS and tokens on an address that other hosts can reach."
     )
     trust_remote_code: bool = Field(default=False, description="Run code that model repositories bring along.")
-    max_message_bytes: int = Field(default=8 * MIB, ge=MIB, le=64 * MIB)
+    max_message_bytes: int = Field(default=10 * MIB, ge=MIB, le=64 * MIB)
     max_loaded_models: int = Field(default=8, ge=1, le=1000)
     max_queued_trainings: int = Field(default=100, ge=1, le=100_000)
     heartbeat_seconds: float = Field(default=5.0, gt=0, le=60)

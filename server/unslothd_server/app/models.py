@@ -18,12 +18,12 @@ from unslothd_server.app.broadcast import Broadcast
 from unslothd_server.app.idempotency import SeenRequests, content_digest
 from unslothd_server.app.memory_admission import MemoryAdmission
 from unslothd_server.app.paths import AllowedRoots
-from unslothd_server.app.ports import Devices, Worker, WorkerExit, WorkerLauncher
+from unslothd_server.app.ports import Devices, Worker, WorkerLauncher
 from unslothd_server.app.sources import ModelSource, resolve_model_source
 from unslothd_server.app.training_config import completed
 from unslothd_server.app.training_state import now
+from unslothd_server.app.worker_exit import worker_died
 from unslothd_server.errors import (
-    AbortedError,
     ExhaustedError,
     FieldViolation,
     InvalidFieldsError,
@@ -304,18 +304,6 @@ class Models:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def worker_died(model_id: str, how: WorkerExit) -> AbortedError:
-    """The error of every call on a model whose worker is gone."""
-    end = f"signal {how.signal}" if how.signal else f"exit code {how.exit_code}"
-    cause = {"signal": how.signal} if how.signal else {"exit_code": str(how.exit_code)}
-    return AbortedError(
-        ErrorReason.ERROR_REASON_WORKER_DIED,
-        f'The worker of "{model_id}" died ({end}). Unload the model and load it again. '
-        f"The end of its log:\n{how.log_tail}",
-        metadata=cause,
-    )
 
 
 def _stopping() -> UnavailableError:

@@ -1,30 +1,13 @@
 """What the app needs of the outside: worker processes and devices, as it sees them."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Protocol
 
 from unslothd.v1.model_pb2 import Model
 from unslothd.v1.server_info_pb2 import Device
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.worker.v1 import worker_service_pb2 as worker
-
-
-@dataclass(frozen=True)
-class WorkerExit:
-    """How a worker process ended.
-
-    Args:
-        exit_code: Exit code; None when a signal ended it, or when nobody can know.
-        signal: Name of the signal that ended it, e.g. "SIGKILL"; None when none did.
-        log_tail: Last lines of its log.
-        asked: True when we ended it ourselves.
-    """
-
-    exit_code: int | None
-    signal: str | None
-    log_tail: str
-    asked: bool
+from unslothd_server.app.worker_exit import WorkerExit
 
 
 class Worker(Protocol):

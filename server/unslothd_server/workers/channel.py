@@ -14,7 +14,7 @@ from unslothd.v1.model_pb2 import Model
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.worker.v1 import worker_service_pb2 as messages
 from unslothd.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
-from unslothd_server.app.ports import WorkerExit
+from unslothd_server.app.worker_exit import WorkerExit, worker_died
 from unslothd_server.errors import UnslothdError
 from unslothd_server.worker.exit_record import read_exit_record
 from unslothd_server.workers import exit_report
@@ -149,7 +149,7 @@ class WorkerProcess:
             # A call that waits for a socket does not notice that nobody will open it.
             await asyncio.wait([first, self._end], return_when=asyncio.FIRST_COMPLETED)
             if not first.done():
-                raise exit_report.died(self.model_id, self._end.result())
+                raise worker_died(self.model_id, self._end.result())
             return first.result()
         finally:
             first.cancel()
@@ -223,7 +223,7 @@ class WorkerProcess:
 
     def _check_alive(self) -> None:
         if self._end.done():
-            raise exit_report.died(self.model_id, self._end.result())
+            raise worker_died(self.model_id, self._end.result())
 
     async def _meaning(self, error: grpc.aio.AioRpcError, doing: str, bound_s: float) -> UnslothdError:
         if not is_broken(error):
@@ -231,5 +231,5 @@ class WorkerProcess:
         if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
             await asyncio.wait([self._end], timeout=self._timeouts.death_after_broken_call)
         if self._end.done():
-            return exit_report.died(self.model_id, self._end.result())
+            return worker_died(self.model_id, self._end.result())
         return exit_report.unresponsive(self.model_id, doing, bound_s)

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 from unslothd.v1.error_reason_pb2 import ErrorReason
-from unslothd_server.app.ports import WorkerExit
+from unslothd_server.app.worker_exit import WorkerExit
 from unslothd_server.errors import AbortedError
 from unslothd_server.worker.exit_record import ExitRecord
 
@@ -21,12 +21,6 @@ _SECRETS = (
     re.compile(r"(?i)\b([a-z_]*(?:token|password|secret|api_?key)['\"]?\s*[=:]\s*['\"]?)[^\s'\",]{4,}"),
     re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)"),
 )
-_LIKELY_CAUSES = {
-    "SIGKILL": "mostly the kernel's out-of-memory killer, or somebody's kill -9",
-    "SIGSEGV": "a crash in native code",
-    "SIGBUS": "mostly a full /dev/shm or a file that was cut while mapped",
-    "SIGABRT": "native code gave up, often CUDA or an assertion",
-}
 
 
 def read_tail(log: Path) -> str:
@@ -75,19 +69,6 @@ def worker_exit(returncode: int | None, record: ExitRecord | None, log: Path, *,
     )
 
 
-def died(model_id: str, end: WorkerExit) -> AbortedError:
-    """Returns the error of every call on a worker that is gone."""
-    metadata = {"model_id": model_id}
-    if end.exit_code is not None:
-        metadata["exit_code"] = str(end.exit_code)
-    if end.signal is not None:
-        metadata["signal"] = end.signal
-    text = f"The worker process of model '{model_id}' {_how(end)}. Unload the model and load it again."
-    if end.log_tail:
-        text += f" Last lines of its log:\n{end.log_tail}"
-    return AbortedError(ErrorReason.ERROR_REASON_WORKER_DIED, text, metadata=metadata)
-
-
 def unresponsive(model_id: str, doing: str, waited_s: float) -> AbortedError:
     """Returns the error of a call that a living worker did not answer in time."""
     return AbortedError(
@@ -107,17 +88,6 @@ def _crash(lines: list[str]) -> list[str]:
         (index for index in range(fatal, len(lines)) if lines[index].startswith("Current thread")), fatal + 1
     )
     return [*lines[max(0, fatal - 2) : fatal + 1], *lines[current : current + MAX_TAIL_LINES - 3]]
-
-
-def _how(end: WorkerExit) -> str:
-    if end.asked:
-        return "was ended on request"
-    if end.signal is not None:
-        cause = _LIKELY_CAUSES.get(end.signal)
-        return f"was ended by {end.signal}" + (f" ({cause})" if cause else "")
-    if end.exit_code is not None:
-        return f"ended by itself with exit code {end.exit_code}"
-    return "is gone; nobody saw how it ended"
 
 
 def _signal_name(number: int) -> str:

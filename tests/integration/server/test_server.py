@@ -28,7 +28,7 @@ def test_the_server_tells_versions_devices_and_limits(stub: UnslothServiceStub):
     assert set(info.engine_versions) >= {"unsloth", "torch", "transformers", "trl", "peft"}
     assert info.devices[0].total_memory_bytes > info.devices[0].free_memory_bytes > 0
     assert info.limits.max_inline_bytes == 4 * 1024 * 1024
-    assert info.limits.max_message_bytes == 8 * 1024 * 1024
+    assert info.limits.max_message_bytes == 10 * 1024 * 1024
 
 
 def test_the_server_process_never_imports_torch_or_unsloth(server: RunningServer, stub: UnslothServiceStub):
@@ -82,7 +82,7 @@ def test_a_message_of_20_mib_is_refused_with_the_limit(stub: UnslothServiceStub)
     request = pb.TrainRequest(model_id="m", train_dataset=inline(["x" * (20 * 1024 * 1024)]))
     error = error_of(lambda: stub.Train(request, timeout=CALL_SECONDS))
     assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE")
-    assert error.metadata["max_bytes"] == str(8 * 1024 * 1024)
+    assert error.metadata["max_bytes"] == str(10 * 1024 * 1024)
 
 
 def test_inline_rows_beyond_their_limit_name_the_field(stub: UnslothServiceStub):

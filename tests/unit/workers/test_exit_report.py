@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from unslothd.v1.error_reason_pb2 import ErrorReason
-from unslothd_server.app.ports import WorkerExit
+from unslothd_server.app.worker_exit import WorkerExit, worker_died
 from unslothd_server.status import to_status
 from unslothd_server.worker.exit_record import ExitRecord
-from unslothd_server.workers.exit_report import MAX_TAIL_BYTES, died, mask_secrets, read_tail, worker_exit
+from unslothd_server.workers.exit_report import MAX_TAIL_BYTES, mask_secrets, read_tail, worker_exit
 
 
 def ended(returncode: int | None, tmp_path: Path, record: ExitRecord | None = None) -> WorkerExit:
@@ -18,7 +18,7 @@ def ended(returncode: int | None, tmp_path: Path, record: ExitRecord | None = No
 def test_a_kill_is_named_by_its_signal_with_the_end_of_the_log(tmp_path: Path):
     (tmp_path / "worker.log").write_text("one\ntwo\n")
 
-    error = died("llama", ended(-9, tmp_path))
+    error = worker_died("llama", ended(-9, tmp_path))
 
     assert error.reason == ErrorReason.ERROR_REASON_WORKER_DIED
     assert error.metadata == {"model_id": "llama", "signal": "SIGKILL"}
@@ -29,7 +29,7 @@ def test_a_kill_is_named_by_its_signal_with_the_end_of_the_log(tmp_path: Path):
 
 
 def test_an_exit_code_is_named(tmp_path: Path):
-    error = died("llama", ended(7, tmp_path))
+    error = worker_died("llama", ended(7, tmp_path))
 
     assert error.metadata == {"model_id": "llama", "exit_code": "7"}
     assert "ended by itself with exit code 7" in error.message
@@ -42,7 +42,7 @@ def test_a_real_time_signal_without_a_name_is_told_by_its_number(tmp_path: Path)
 def test_the_exit_record_speaks_for_a_process_that_was_not_our_child(tmp_path: Path):
     assert ended(None, tmp_path, ExitRecord(1, 3, "why")).exit_code == 3
     assert ended(None, tmp_path) == WorkerExit(exit_code=None, signal=None, log_tail="", asked=False)
-    assert "nobody saw how it ended" in died("llama", ended(None, tmp_path)).message
+    assert "nobody saw how it ended" in worker_died("llama", ended(None, tmp_path)).message
 
 
 def test_the_tail_is_bounded_in_lines_and_bytes_and_whole_text(tmp_path: Path):
@@ -58,7 +58,7 @@ def test_the_tail_is_bounded_in_lines_and_bytes_and_whole_text(tmp_path: Path):
 
 def test_the_worst_tail_fits_into_the_trailers_of_a_call(tmp_path: Path):
     (tmp_path / "worker.log").write_text("█" * 50_000)
-    error = died("m" * 64, ended(-11, tmp_path))
+    error = worker_died("m" * 64, ended(-11, tmp_path))
 
     percent_encoded = sum(1 if 32 <= byte < 127 else 3 for byte in error.message.encode())
     base64 = len(to_status(error).SerializeToString()) * 4 // 3
