@@ -8,12 +8,12 @@ import { parseArgs } from "node:util";
 import { Code, ConnectError, createClient, type Client } from "@connectrpc/connect";
 import { createGrpcTransport } from "@connectrpc/connect-node";
 
-import { ErrorInfoSchema, UnslothService, type Model, type TrainingEvent } from "../src/index.js";
+import { ErrorInfoSchema, LoadProgress_Phase, UnslothService, type Model, type TrainingEvent } from "../src/index.js";
 
 async function load(client: Client<typeof UnslothService>, modelName: string): Promise<Model> {
   for await (const { result } of client.loadModel({ modelName })) {
     if (result.case === "model") return result.value;
-    if (result.case === "progress") console.log(result.value.phase);
+    if (result.case === "progress") console.log(LoadProgress_Phase[result.value.phase]);
   }
   throw new Error("the stream ended without a model");
 }
