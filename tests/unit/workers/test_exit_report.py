@@ -23,7 +23,8 @@ def test_a_kill_is_named_by_its_signal_with_the_end_of_the_log(tmp_path: Path):
     assert error.reason == ErrorReason.ERROR_REASON_WORKER_DIED
     assert error.metadata == {"model_id": "llama", "signal": "SIGKILL"}
     assert error.message == (
-        "The worker process of model 'llama' was ended by SIGKILL (mostly the kernel's out-of-memory killer, or "
+        'The worker process of model "llama" was ended by SIGKILL '
+        "(mostly the kernel's out-of-memory killer, or "
         "somebody's kill -9). Unload the model and load it again. Last lines of its log:\none\ntwo"
     )
 

@@ -1,0 +1,33 @@
+"""A real server with real workers: real Unsloth on this CPU, on a tiny random Llama."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from support.calls import load
+from support.running_server import RunningServer
+from support.tiny_model import build_tiny_llama
+from unslothd.v1 import service_pb2 as pb
+from unslothd.v1.model_pb2 import Model
+from unslothd.v1.service_pb2_grpc import UnslothServiceStub
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    with RunningServer(tmp_path_factory.mktemp("real")) as running:
+        build_tiny_llama(running.model_root / "tiny")
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stub(server: RunningServer) -> Iterator[UnslothServiceStub]:
+    with server.channel() as channel:
+        yield UnslothServiceStub(channel)
+
+
+@pytest.fixture(scope="session")
+def loaded(stub: UnslothServiceStub) -> Iterator[Model]:
+    """One worker for the whole session: its import takes most of the time."""
+    model = load(stub, "tiny", max_seq_length=128)
+    yield model
+    stub.UnloadModel(pb.UnloadModelRequest(model_id=model.model_id, force=True), timeout=120)
