@@ -11,7 +11,8 @@ from unslothd.v1.dataset_pb2 import DatasetSource, RowFormat
 from unslothd.v1.model_pb2 import LoadProgress, LoraConfig, Model
 from unslothd.v1.training_event_pb2 import TrainingCancelled, TrainingEvent, TrainingSucceeded
 from unslothd.v1.training_pb2 import TrainingConfig
-from unslothd.worker.v1.worker_service_pb2 import PrepareForTrainingRequest, StartTrainingRequest
+from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
+from unslothd.worker.v1.worker_service_pb2 import LoadModelRequest, PrepareForTrainingRequest, StartTrainingRequest
 from unslothd_server.engine.unsloth_engine import UnslothEngine
 from unslothd_server.worker.ports import StopSignal
 
@@ -74,6 +75,17 @@ class Run:
 
 
 LoadTiny = Callable[..., Loaded]
+
+
+def load(source: Path | str, folder: Path, **options: Any) -> Loaded:
+    """Loads a model into an engine of its own; what it trains goes below `folder`."""
+    engine = UnslothEngine()
+    progress: list[LoadProgress] = []
+    options = {"max_seq_length": 128, "seed": 3, **options}
+    request = LoadModelRequest(model_name="tiny", source=str(source), **options)
+    bootstrap = WorkerBootstrap(device_map="auto", cache_dir=str(folder / "cache"))
+    model = engine.load(bootstrap, request, progress.append)
+    return Loaded(engine, model, progress, folder)
 
 
 def train(

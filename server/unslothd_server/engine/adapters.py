@@ -1,5 +1,6 @@
 """The adapter: attached by Unsloth from the contract's LoraConfig, and read back from PEFT."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +124,7 @@ def _differences(asked: LoraConfig, current: LoraConfig) -> list[str]:
     """Each set field of `asked` that `current` does not have, as "name (asked, attached)"."""
     found: list[str] = []
     for name in ("r", "lora_alpha", "lora_dropout", "use_rslora"):
-        if asked.HasField(name) and abs(getattr(asked, name) - getattr(current, name)) > 1e-9:
+        if asked.HasField(name) and not math.isclose(getattr(asked, name), getattr(current, name)):
             found.append(f"{name} ({getattr(asked, name)} asked, {getattr(current, name)} attached)")
     for name in ("target_modules", "modules_to_save", "layers_to_transform"):
         wanted, have = list(getattr(asked, name)), list(getattr(current, name))
@@ -206,9 +207,8 @@ def _target_names(targets: object, model: Any) -> list[str]:
         return [str(name) for name in targets or []]  # type: ignore[attr-defined]
     from peft.tuners.lora import LoraLayer
 
-    return list(
-        dict.fromkeys(name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer))
-    )
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in adapted))
 
 
 def _in_model_order(names: Sequence[str], model: Any) -> list[str]:

@@ -175,7 +175,7 @@ class EventCallback(TrainerCallback):
         if not (math.isfinite(progress.loss) and math.isfinite(progress.grad_norm)):
             self._warn_once(
                 "NOT_FINITE",
-                f"Step {progress.step}: loss {progress.loss} and grad_norm {progress.grad_norm} are not finite numbers, "
+                f"Step {progress.step}: loss {progress.loss} and grad_norm {progress.grad_norm} are not both finite, "
                 "so the weights may be spoilt. Cancel, and train with a lower learning_rate or another precision.",
             )
         elif progress.grad_norm == 0.0:

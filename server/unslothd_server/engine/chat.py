@@ -1,6 +1,5 @@
 """Chat rows: turns of either style made plain, rendered by the tokenizer's template, and the answers' places found."""
 
-import os.path
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,9 +127,15 @@ def _content_span(render: Callable[..., str], turns: Sequence[Turn], index: int,
     )
     if changed is None or changed == text:
         return None
-    start = len(os.path.commonprefix([text, changed]))
-    tail = len(os.path.commonprefix([text[start:][::-1], changed[start:][::-1]]))
+    start = _common_length(text, changed)
+    tail = _common_length(text[start:][::-1], changed[start:][::-1])
     return start, len(text) - tail
+
+
+def _common_length(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def _try_render(render: Callable[..., str], turns: Sequence[Turn], *, add_generation_prompt: bool) -> str | None:

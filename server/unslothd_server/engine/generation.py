@@ -17,7 +17,9 @@ from unslothd_server.errors import FieldViolation, InvalidFieldsError
 DEFAULT_MAX_NEW_TOKENS = 256
 
 
-def generate(loaded: LoadedModel, request: GenerateRequest, cancelled: threading.Event) -> Iterator[str | GenerateSummary]:
+def generate(
+    loaded: LoadedModel, request: GenerateRequest, cancelled: threading.Event
+) -> Iterator[str | GenerateSummary]:
     """Yields text as it comes and the summary as the last item.
 
     Args:

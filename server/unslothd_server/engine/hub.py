@@ -151,18 +151,22 @@ def translate(error: Exception, repository: str, *, what: str) -> UnslothdError:
         )
     if isinstance(error, DatasetNotFoundError | FileNotFoundError):
         return NotFoundError(reasons[what], f"There is no {what} {repository} ({text}). Check the name.")
-    if what == "dataset" and "script" in text:
+    if what == "dataset":
+        return _unreadable_dataset(text, repository)
+    return NotFoundError(reasons[what], f"The {what} {repository} cannot be fetched: {text}. Check the name.")
+
+
+def _unreadable_dataset(text: str, repository: str) -> UnslothdError:
+    if "script" in text:
         return PreconditionError(
             ErrorReason.ERROR_REASON_REMOTE_CODE_REFUSED,
             f"The dataset {repository} needs code of its own, which is not run. Use its Parquet version "
             '(revision "refs/convert/parquet").',
         )
-    if what == "dataset":
-        return DatasetError(
-            ErrorReason.ERROR_REASON_DATASET_ROW,
-            f"The dataset {repository} cannot be read: {text}. Check config, split and revision.",
-        )
-    return NotFoundError(reasons[what], f"The {what} {repository} cannot be fetched: {text}. Check the name.")
+    return DatasetError(
+        ErrorReason.ERROR_REASON_DATASET_ROW,
+        f"The dataset {repository} cannot be read: {text}. Check config, split and revision.",
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

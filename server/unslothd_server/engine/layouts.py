@@ -70,8 +70,8 @@ def template_columns(template: str, field: str) -> list[str]:
     except ValueError as error:
         raise _template_error(field, f"cannot be parsed ({error}); write {{{{ and }}}} for braces") from None
     names: list[str] = []
-    for _, name, spec, conversion in places:
-        name = str(name)
+    for _, field_name, spec, conversion in places:
+        name = str(field_name)
         if not name or spec or conversion or any(character in name for character in ".[]"):
             raise _template_error(field, f"has the place {{{name}}}; only plain {{column}} places are legal")
         names.append(name)

@@ -1,5 +1,6 @@
 """What really is, read back from the model and the trainer, and where it differs from what was asked."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,7 +168,7 @@ def _config_warnings(asked: TrainingConfig, real: TrainingConfig) -> list[Traini
         if field.name in NOT_COMPARED or not real.HasField(field.name):
             continue
         have = getattr(real, field.name)
-        if abs(have - value) > 1e-12 if isinstance(value, float) else have != value:
+        if not math.isclose(have, value) if isinstance(value, float) else have != value:
             warnings.append(
                 TrainingWarning(
                     reason="CONFIG_DIFFERS",

@@ -7,6 +7,7 @@ from typing import Any
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.step_clock import StepClock
+from unslothd_server.engine.tokens import IGNORED_LABEL
 
 DEFAULT_MAX_STEPS = 100
 
@@ -173,7 +174,7 @@ def _trainer_class(base: Any, clock: StepClock, check_stop: Callable[[], None]) 
         def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             """Adds a batch's loss, weighed by its tokens."""
             check_stop()
-            tokens = int((inputs["labels"][..., 1:] != -100).sum())
+            tokens = int((inputs["labels"][..., 1:] != IGNORED_LABEL).sum())
             with torch.no_grad():
                 result = super().prediction_step(model, inputs, *args, **kwargs)
             self._eval_loss_sum += float(result[0]) * tokens

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,13 @@ from unslothd.v1.training_event_pb2 import (
     TrainingSucceeded,
     TrainingWarning,
 )
-from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, TrainingMetrics, TrainingPlan
+from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.engine import environment, readback
+from unslothd_server.engine import environment, readback, reports
 from unslothd_server.engine.callbacks import Emit, EventCallback, RunFigures
 from unslothd_server.engine.memory import PeakMemory
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.oom import exhausted
-from unslothd_server.engine.parameters import count_parameters
 from unslothd_server.engine.step_clock import StepClock
 from unslothd_server.engine.tokens import TokenisedDataset, tokenise
 from unslothd_server.engine.trainer import build_trainer
@@ -56,6 +56,7 @@ class TrainingRun:
         self._output_dir = Path(request.output_dir)
         self._figures = RunFigures(StepClock(), PeakMemory())
         self._row_warnings: list[TrainingWarning] = []
+        self._trainer: Any = None
 
     def run(self) -> TrainingSucceeded | TrainingCancelled:
         """Trains to the end, or to the stop.
@@ -63,7 +64,6 @@ class TrainingRun:
         Raises:
             UnslothdError: What a user can mend, as the parts say; OUT_OF_MEMORY and DISK_FULL among them.
         """
-        trainer: Any = None
         try:
             train_rows, eval_rows = self._rows()
             with self._tensorboard() as tensorboard:
@@ -71,23 +71,25 @@ class TrainingRun:
                     self._emit,
                     self._stop,
                     self._figures,
-                    on_begin=lambda: self._started(trainer, train_rows, eval_rows),
+                    on_begin=lambda: self._started(train_rows, eval_rows),
                     has_eval=eval_rows is not None,
                 )
-                trainer = self._build(train_rows, eval_rows, [*tensorboard, events])
-                trainer.train(resume_from_checkpoint=self._request.resume_from_checkpoint or None)
-                return self._finish(trainer, events)
+                self._trainer = self._build(train_rows, eval_rows, [*tensorboard, events])
+                self._trainer.train(resume_from_checkpoint=self._request.resume_from_checkpoint or None)
+                return self._finish(events)
         except _StopRequestedError:
-            return self._stopped(trainer)
+            return self._stopped()
         except UnslothdError:
             raise
         except Exception as error:
             known = exhausted(error, OOM_REMEDY)
             if known is None:
                 raise
+            # The traceback's frames hold the tensors that did not fit.
+            traceback.clear_frames(error.__traceback__)
             raise known from error
         finally:
-            del trainer
+            self._trainer = None
             self._clean_up()
 
     def _rows(self) -> tuple[TokenisedDataset, TokenisedDataset | None]:
@@ -173,14 +175,15 @@ class TrainingRun:
             check_stop=self._check_stop,
         )
 
-    def _started(self, trainer: Any, train_rows: TokenisedDataset, eval_rows: TokenisedDataset | None) -> None:
+    def _started(self, train_rows: TokenisedDataset, eval_rows: TokenisedDataset | None) -> None:
         """Called when optimizer and schedule exist and before anything runs."""
+        trainer = self._trainer
         facts = readback.read_trainer(trainer, self._request.config)
-        warnings = [*self._row_warnings, *facts.warnings, *self._useless_settings()]
+        warnings = [*self._row_warnings, *facts.warnings, *reports.useless_settings(self._request)]
         self._emit(
             TrainingEvent(
                 started=TrainingStarted(
-                    plan=self._plan(trainer, train_rows, eval_rows, facts.config, warnings),
+                    plan=reports.plan(trainer, train_rows, eval_rows, facts.config, warnings),
                     engine=environment.engine_name(),
                     device=readback.device_title(self._loaded.model),
                     resumed=bool(self._request.resume_from_checkpoint),
@@ -193,42 +196,8 @@ class TrainingRun:
             self._emit(TrainingEvent(warning=warning))
         self._check_stop()
 
-    def _plan(
-        self,
-        trainer: Any,
-        train_rows: TokenisedDataset,
-        eval_rows: TokenisedDataset | None,
-        config: TrainingConfig,
-        warnings: list[TrainingWarning],
-    ) -> TrainingPlan:
-        return TrainingPlan(
-            config=config,
-            row_format=train_rows.row_format,
-            num_rows=train_rows.num_rows,
-            num_tokens=train_rows.num_tokens,
-            total_steps=trainer.state.max_steps,
-            trainable_params=count_parameters(trainer.model).trainable,
-            memory_free_bytes=_free_memory(self._loaded.model),
-            preview=train_rows.preview,
-            warnings=[warning.message for warning in warnings],
-            longest_row_tokens=train_rows.longest_row_tokens,
-            truncated_rows=train_rows.truncated_rows,
-            dropped_rows=train_rows.dropped_rows,
-            loss_tokens=train_rows.loss_tokens,
-            num_eval_rows=0 if eval_rows is None else eval_rows.num_rows,
-        )
-
-    def _useless_settings(self) -> list[TrainingWarning]:
-        config, has_eval = self._request.config, self._request.HasField("eval_dataset")
-        if config.eval_steps and not has_eval:
-            text = "eval_steps has no effect without an eval dataset."
-        elif config.early_stopping_patience and not (has_eval and config.eval_steps):
-            text = "early_stopping_patience has no effect without an eval dataset and eval_steps."
-        else:
-            return []
-        return [TrainingWarning(reason="CONFIG_DIFFERS", message=text)]
-
-    def _finish(self, trainer: Any, events: EventCallback) -> TrainingSucceeded | TrainingCancelled:
+    def _finish(self, events: EventCallback) -> TrainingSucceeded | TrainingCancelled:
+        trainer = self._trainer
         step = int(trainer.state.global_step)
         if self._stop.requested.is_set() and step < trainer.state.max_steps:
             return self._cancelled(step)
@@ -239,13 +208,14 @@ class TrainingRun:
             trainer._save_checkpoint(trainer.model, trial=None)
             events.checkpoint_saved(self._output_dir, step)
         final = self._save_final()
-        return TrainingSucceeded(metrics=self._metrics(trainer), output_dir=str(final))
+        return TrainingSucceeded(metrics=reports.metrics(trainer, self._figures), output_dir=str(final))
 
     def _resumed_at(self, step: int) -> bool:
         return bool(self._request.resume_from_checkpoint) and self._resume_step() == step
 
-    def _stopped(self, trainer: Any) -> TrainingCancelled:
+    def _stopped(self) -> TrainingCancelled:
         """A stop before the first step or out of an evaluation; the trainer stands at a step boundary."""
+        trainer = self._trainer
         step = int(trainer.state.global_step) if trainer is not None else 0
         if step and self._stop.save_checkpoint and self._figures.saved_step != step and not self._resumed_at(step):
             trainer._save_checkpoint(trainer.model, trial=None)
@@ -267,25 +237,6 @@ class TrainingRun:
         work.rename(final)
         return final
 
-    def _metrics(self, trainer: Any) -> TrainingMetrics:
-        seconds = max(self._figures.clock.elapsed(), 1e-9)
-        state = trainer.state
-        sequences = trainer.get_total_train_batch_size(trainer.args) * state.global_step
-        tokens = int(state.num_input_tokens_seen)
-        metrics = TrainingMetrics(
-            train_runtime=seconds,
-            train_samples_per_second=sequences / seconds,
-            train_steps_per_second=state.global_step / seconds,
-            train_loss=_mean_loss(state.log_history),
-            epoch=float(state.epoch or 0.0),
-            train_tokens=tokens,
-            train_tokens_per_second=tokens / seconds,
-            peak_memory_bytes=self._figures.memory.look()[1],
-        )
-        if self._figures.eval_loss is not None:
-            metrics.eval_loss = self._figures.eval_loss
-        return metrics
-
     def _clean_up(self) -> None:
         """Gives optimizer, gradients and caches back, so that a second training starts from where the first did."""
         import torch
@@ -294,23 +245,3 @@ class TrainingRun:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-
-def _mean_loss(history: list[dict[str, Any]]) -> float:
-    """Mean over all steps since the first one; Transformers' own forgets the steps before a resume."""
-    total, last = 0.0, 0
-    for entry in history:
-        if "loss" in entry:
-            total += entry["loss"] * (entry["step"] - last)
-            last = entry["step"]
-    return total / last if last else 0.0
-
-
-def _free_memory(model: Any) -> int:
-    import psutil
-    import torch
-
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
+from support import engine_runs
 from support.engine_runs import Loaded, LoadTiny, Row
 from support.tiny_model import build_tiny_llama
-from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
-from unslothd.worker.v1.worker_service_pb2 import LoadModelRequest
 from unslothd_server.engine.unsloth_engine import UnslothEngine
 
 
@@ -31,12 +30,7 @@ def load(versions: dict[str, str], tiny: Path, tmp_path: Path) -> LoadTiny:
     """Loads a model; the tiny one unless another source is given."""
 
     def load_model(source: Path | str | None = None, **options: Any) -> Loaded:
-        engine, progress = UnslothEngine(), []
-        options = {"max_seq_length": 128, "seed": 3, **options}
-        request = LoadModelRequest(model_name="tiny", source=str(source or tiny), **options)
-        bootstrap = WorkerBootstrap(device_map="auto", cache_dir=str(tmp_path / "cache"))
-        model = engine.load(bootstrap, request, progress.append)
-        return Loaded(engine, model, progress, tmp_path)
+        return engine_runs.load(source or tiny, tmp_path, **options)
 
     return load_model
 

@@ -1,13 +1,16 @@
 """Text from the model, and that asking it leaves nothing behind."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support import engine_runs
 from support.engine_runs import Loaded, Row
 from support.tiny_model import build_tiny_llama
 from unslothd.v1.generation_pb2 import ChatMessage, ChatMessages, GenerateSummary
+from unslothd.v1.model_pb2 import LoraConfig
 from unslothd.v1.service_pb2 import GenerateRequest
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd_server.errors import InvalidFieldsError
@@ -15,19 +18,18 @@ from unslothd_server.errors import InvalidFieldsError
 SENTENCE = "Good morning. Thank you very much."
 
 
-@pytest.fixture
-def parrot(prepared: Loaded) -> Loaded:
+@pytest.fixture(scope="module")
+def parrot(versions: dict[str, str], tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """A model that has learnt one sentence by heart."""
-    rows: list[Row] = [{"text": SENTENCE}] * 4 + [
-        {"messages": None, "text": "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n" + SENTENCE}
-    ] * 4
-    rows = [{"text": row["text"]} for row in rows]
+    loaded = engine_runs.load(tiny, tmp_path_factory.mktemp("parrot"))
+    loaded.prepare(LoraConfig(r=32, modules_to_save=["lm_head"]))
+    turns = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     config = TrainingConfig(
-        max_steps=60, warmup_steps=5, learning_rate=3e-2, logging_steps=60, batch_size=8, gradient_accumulation_steps=1
+        max_steps=80, warmup_steps=5, learning_rate=2e-2, batch_size=2, gradient_accumulation_steps=1
     )
-    run = prepared.train(rows, config, name="by-heart")
-    assert run.losses[-1] < 2
-    return prepared
+    run = loaded.train([{"text": SENTENCE}, {"text": turns + SENTENCE}], config, name="by-heart")
+    assert run.losses[-1] < 0.3
+    return loaded
 
 
 def ask(loaded: Loaded, **request: Any) -> tuple[str, GenerateSummary]:
@@ -57,9 +59,8 @@ def test_it_ends_at_the_number_of_tokens_and_at_the_sequence_length(parrot: Load
     assert (summary.completion_tokens, summary.finish_reason) == (2, "length")
     long = "0 1 2 3 4 5 6 7 8 9 " * 6
     room = 128 - len(parrot.tokenizer(long)["input_ids"])
-    assert 0 < room < 40
     _, summary = ask(parrot, prompt=long, without_adapter=True, max_new_tokens=500)
-    assert summary.completion_tokens <= room
+    assert (summary.completion_tokens, summary.finish_reason) == (room, "length")
 
 
 def test_stop_texts_end_it_and_are_not_sent(parrot: Loaded) -> None:

@@ -61,6 +61,7 @@ def test_the_started_event_has_the_whole_plan(prepared: Loaded, texts: list[Row]
     assert plan.longest_row_tokens == max(lengths)
     assert plan.num_eval_rows == 3
     assert plan.total_steps == 2
+    assert plan.trainable_params == 32_768
     assert [row.text for row in plan.preview] == [row["text"] + "<|im_end|>" for row in texts[:3]]
     assert plan.row_format.text.column == "text"
     assert plan.row_format.completion_only_loss is False
