@@ -110,8 +110,25 @@ class _Bar:
         self._live.update(Group(self._progress, figures, course))
 
 
+def show(run: unslothd.TrainingRun, out: Output) -> unslothd.TrainingMetrics:
+    """Shows the events of a training to its end and returns its final figures.
+
+    Args:
+        run: What `train` or `watch` returned.
+        out: Where to.
+
+    Raises:
+        TrainingFailed, TrainingCancelled: It ended so.
+    """
+    view: _View = _Bar(out) if out.live else _Lines(out)
+    with view:
+        for event in run:
+            view.show(event)
+    return run.result()
+
+
 def follow(run: unslothd.TrainingRun, out: Output, *, cancels_when_left: bool = False) -> None:
-    """Shows the events of a training to its end.
+    """As `show`, for a command: Ctrl-C detaches, and what the training came to is the exit code.
 
     Args:
         run: What `train` or `watch` returned.
@@ -121,12 +138,8 @@ def follow(run: unslothd.TrainingRun, out: Output, *, cancels_when_left: bool = 
     Raises:
         typer.Exit: 1 when it failed or was cancelled, 130 when Ctrl-C detached.
     """
-    view: _View = _Bar(out) if out.live else _Lines(out)
     try:
-        with view:
-            for event in run:
-                view.show(event)
-        run.result()
+        show(run, out)
     except KeyboardInterrupt:
         # Whatever hangs from here on, the next Ctrl-C ends the process.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
