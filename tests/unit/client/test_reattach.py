@@ -382,13 +382,13 @@ class Breaker:
 def test_every_event_comes_once_over_a_line_that_breaks_again_and_again(server, say, train):
     def log(request: service_pb2.TrainRequest | service_pb2.WatchTrainingRequest, context: object) -> object:
         first = request.after_sequence + 1 if isinstance(request, service_pb2.WatchTrainingRequest) else 1
-        return say.events(*range(first, 200), say.succeeded(200))(request, context)
+        return say.events(*range(first, 80), say.succeeded(80))(request, context)
 
     server.script.on("Train", *[log] * 1000)
     server.script.on("WatchTraining", *[log] * 1000)
     breaker = Breaker(server.port)
     try:
-        assert train(breaker.target)[0] == list(range(1, 201))
+        assert train(breaker.target)[0] == list(range(1, 81))
     finally:
         breaker.close()
     assert breaker.resets >= 3
