@@ -75,7 +75,11 @@ def demo(max_steps: int, port: int, out: Output) -> None:
         eval_losses = [event.evaluation.eval_loss for event in client.watch(run) if event.HasField("evaluation")]
         adapter = Path(client.get_training(run).output_dir)
 
-        heading(out, "5. Questions after", "The same questions, asked in the same way.")
+        heading(
+            out,
+            "5. Questions after",
+            "The same, asked in the same way. What so short a training teaches is the manner, not new facts.",
+        )
         after = [answer(client, model, question) for question in trivia.QUESTIONS]
         for question, old, new in zip(trivia.QUESTIONS, before, after, strict=True):
             out.line(f"{question}\n    before  {old}\n    after   {new}")
@@ -121,7 +125,7 @@ def say_what_to_try(out: Output, training_id: str) -> None:
     heading(out, "To try next", "In one terminal a server that finds all of this again:")
     out.line(
         f"  {program('unslothd')} serve --home {shown(FOLDER / 'home')} --output-root {shown(FOLDER / 'output')} "
-        f"--model-root {shown(FOLDER / 'models')} --model-root {shown(FOLDER)}"
+        f"--model-root {shown(FOLDER / 'models')}"
     )
     out.line("and in another one:", style="dim")
     out.line(f"  {program('unslothd')} watch {training_id}")

@@ -119,6 +119,7 @@ class FakeTraining:
         self._first = _first_step(request)
         self._output = Path(request.output_dir)
         self._saved_step = self._first - 1
+        self._first_began = 0.0
 
     def run(self) -> TrainingSucceeded | TrainingCancelled:
         """Runs to the end or to the step boundary after a stop."""
@@ -131,6 +132,7 @@ class FakeTraining:
             self._emit(TrainingEvent(warning=TrainingWarning(reason="FLOOD", message=str(number))))
         for step in range(self._first, self._steps + 1):
             self._wait_gate("gate", step, heeds_stop=True)
+            self._keep_pace(step)
             if self._stop.requested.is_set():
                 return self._cancelled(step - 1)
             self._run_step(step)
@@ -189,6 +191,12 @@ class FakeTraining:
             if heeds_stop and self._stop.requested.is_set():
                 return
             time.sleep(POLL_S)
+
+    def _keep_pace(self, step: int) -> None:
+        if step == self._first:
+            self._first_began = time.monotonic()
+        due = self._first_began + (step - self._first) * float(self._script.get("step_seconds", 0))
+        time.sleep(max(0.0, due - time.monotonic()))
 
     def _save(self, step: int) -> None:
         folder = self._output / f"checkpoint-{step}"

@@ -17,7 +17,11 @@ _ALWAYS = {
     "PYTHONUNBUFFERED": "1",  # the log of a killed worker is whole
     "PYTHONFAULTHANDLER": "1",  # the log of a crashed one says where
 }
-_UNLESS_SET = {"UNSLOTH_DISABLE_STATISTICS": "1"}
+_UNLESS_SET = {
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    # OpenMP threads that spin while they wait make workers that share a CPU many times slower.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 # `import unsloth` sets it to "python" for child processes, which makes protobuf slow.
 _NEVER = frozenset({"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"})
 

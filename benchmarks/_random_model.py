@@ -1,0 +1,30 @@
+"""The default model of step_overhead: a random Llama of 5 million parameters, about half a second a step on 2 cores.
+
+    _random_model.py FOLDER
+
+A program of its own, so that torch and its memory are gone before anything is measured.
+"""
+
+import sys
+from pathlib import Path
+
+import _common  # noqa: F401 - makes the tests' support importable
+
+from support import random_llama
+
+NAME = "llama-5m"
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 640,
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+}
+
+if __name__ == "__main__":
+    random_llama.SHAPES[NAME] = SHAPE
+    random_llama.main(Path(sys.argv[1]), NAME)

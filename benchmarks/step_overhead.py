@@ -1,0 +1,196 @@
+"""What the service costs a training step: the same training through it and in a bare Unsloth script, in turn.
+
+Each arm runs in fresh processes, A B A B …, on the same rows with the same config and seed. A step's time is the time
+between two logged steps. The overhead is the ratio of the medians; its interval comes from 2000 bootstrap draws.
+
+On a GPU host: python benchmarks/step_overhead.py --model FOLDER --max-seq-length 2048 --load-in-4bit
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from _common import HERE, Figures, columns, environment, options_parser, run, say
+
+from support.calls import load, prepare, train
+from support.running_server import RunningServer
+from unslothd.v1.dataset_pb2 import DatasetSource
+from unslothd.v1.training_pb2 import TrainingConfig
+
+ARM_SECONDS = 900
+WORDS = [
+    "fox",
+    "dog",
+    "sea",
+    "old",
+    "man",
+    "story",
+    "language",
+    "number",
+    "answer",
+    "question",
+    "good",
+    "morning",
+    "capital",
+    "of",
+    "France",
+    "is",
+    "Paris",
+]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = options_parser(__doc__)
+    options.add_argument(
+        "--model", type=Path, help="folder of a model; default: a random Llama of 5 million parameters"
+    )
+    options.add_argument("--rounds", type=int, default=3, help="runs of each arm")
+    options.add_argument("--steps", type=int, default=40, help="steps of a run")
+    options.add_argument("--warm-up", type=int, default=8, help="first steps of a run that do not count")
+    options.add_argument("--max-seq-length", type=int, default=256, help="tokens; every row is longer and is cut")
+    options.add_argument("--batch-size", type=int, default=2, help="sequences a pass")
+    options.add_argument("--gradient-accumulation-steps", type=int, default=4, help="passes a step")
+    options.add_argument("--load-in-4bit", action="store_true", help="4-bit weights")
+    options.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU")
+    return options
+
+
+def measure(options: argparse.Namespace) -> Figures:
+    """Runs both arms in turn."""
+    config = TrainingConfig(
+        batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        max_steps=options.steps,
+        warmup_steps=5,
+        learning_rate=2e-4,
+        seed=42,
+        use_gradient_checkpointing=True,
+        save_steps=100_000,
+    )
+    dtype = options.dtype or ("bfloat16" if _has_gpu() else "float32")
+    arms: dict[str, list[Figures]] = {"bare": [], "service": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = folder / "models" / "rows.jsonl"
+        rows.parent.mkdir()
+        count = options.steps * options.batch_size * options.gradient_accumulation_steps
+        _write_rows(rows, count, words=2 * options.max_seq_length)
+        model = folder / "models" / "model"
+        if options.model:
+            model.symlink_to(options.model.resolve())
+        else:
+            say("step overhead: making the model")
+            command = [sys.executable, str(HERE / "_random_model.py"), str(model)]
+            subprocess.run(command, env=environment(), timeout=ARM_SECONDS, check=True, capture_output=True)
+        for number in range(1, options.rounds + 1):
+            for arm, function in (("bare", _bare), ("service", _service)):
+                say(f"step overhead: round {number} of {options.rounds}, {arm}")
+                arms[arm].append(function(folder, model, rows, config, dtype, options))
+    return {"options": {key: str(value) for key, value in vars(options).items()}, "dtype": dtype} | _compared(
+        arms, options.warm_up
+    )
+
+
+def _bare(
+    folder: Path, model: Path, rows: Path, config: TrainingConfig, dtype: str, options: argparse.Namespace
+) -> Figures:
+    job = {
+        "model": str(model.resolve()),
+        "rows": str(rows),
+        "max_seq_length": options.max_seq_length,
+        "load_in_4bit": options.load_in_4bit,
+        "dtype": dtype,
+        "config": {field.name: value for field, value in config.ListFields()},
+    }
+    command = [sys.executable, str(HERE / "bare_script.py"), json.dumps(job)]
+    # The same environment as a worker's, where it matters for speed.
+    more = {"OMP_WAIT_POLICY": "PASSIVE", "UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment(**more), timeout=ARM_SECONDS, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"the bare script failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _service(
+    folder: Path, model: Path, rows: Path, config: TrainingConfig, dtype: str, options: argparse.Namespace
+) -> Figures:
+    # The model is a link out of the folder when it was given: the root is where it really is.
+    with RunningServer(folder, arguments=("--model-root", str(model.resolve().parent))) as server:
+        stub = server.stub()
+        loaded = load(
+            stub,
+            str(model.resolve()),
+            max_seq_length=options.max_seq_length,
+            load_in_4bit=options.load_in_4bit,
+            dtype=dtype,
+        )
+        prepare(stub, loaded.model_id, config)
+        events = list(train(stub, loaded.model_id, DatasetSource(path=str(rows))))
+    steps = [event for event in events if event.HasField("step")]
+    return {
+        "at": [event.event_time.ToNanoseconds() / 1e9 for event in steps],
+        "losses": [event.step.loss for event in steps],
+    }
+
+
+def _compared(arms: dict[str, list[Figures]], warm_up: int) -> Figures:
+    seconds = {arm: [step for each in runs for step in _durations(each["at"], warm_up)] for arm, runs in arms.items()}
+    medians = {arm: statistics.median(values) for arm, values in seconds.items()}
+    draws = random.Random(0)
+
+    def draw(arm: str) -> float:
+        return statistics.median(draws.choices(seconds[arm], k=len(seconds[arm])))
+
+    ratios = sorted(100 * (draw("service") / draw("bare") - 1) for _ in range(2000))
+    losses = {arm: runs[0]["losses"] for arm, runs in arms.items()}
+    return {
+        "steps_counted": {arm: len(values) for arm, values in seconds.items()},
+        "median_step_seconds": {arm: round(value, 5) for arm, value in medians.items()},
+        "overhead_percent": round(100 * (medians["service"] / medians["bare"] - 1), 2),
+        "overhead_percent_95": [round(ratios[50], 2), round(ratios[-50], 2)],
+        "medians_by_round": {
+            arm: [round(statistics.median(_durations(each["at"], warm_up)), 5) for each in runs]
+            for arm, runs in arms.items()
+        },
+        "loss_first_last": {arm: [round(values[0], 5), round(values[-1], 5)] for arm, values in losses.items()},
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
+    }
+
+
+def _durations(at: list[float], warm_up: int) -> list[float]:
+    return [after - before for before, after in zip(at[warm_up:], at[warm_up + 1 :], strict=False)]
+
+
+def _write_rows(file: Path, count: int, words: int) -> None:
+    draws = random.Random(0)
+    file.write_text("\n".join(json.dumps({"text": " ".join(draws.choices(WORDS, k=words))}) for _ in range(count)))
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists()
+
+
+def table(figures: Figures) -> str:
+    """For people."""
+    rows = [
+        [arm, 1000 * figures["median_step_seconds"][arm], figures["medians_by_round"][arm], *losses]
+        for arm, losses in figures["loss_first_last"].items()
+    ]
+    low, high = figures["overhead_percent_95"]
+    return (
+        columns(["arm", "median ms a step", "by round (s)", "first loss", "last loss"], rows)
+        + f"\n\noverhead {figures['overhead_percent']} % (95 %: {low} to {high}); "
+        f"largest difference of a loss {figures['largest_loss_difference']:.2g}"
+    )
+
+
+if __name__ == "__main__":
+    run(measure, table, parser())
