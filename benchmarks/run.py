@@ -1,13 +1,14 @@
 """Runs every benchmark and prints its table; `make bench`. With --save also writes results/<date>-<device>.json."""
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
 import sys
 from datetime import UTC, datetime
 
-from _common import HERE, environment, machine
+from _common import HERE, environment, machine, machine_line
 
 BENCHMARKS = ("client_import", "server_memory", "event_latency", "step_overhead")
 BENCHMARK_SECONDS = 1800
@@ -24,21 +25,16 @@ def main() -> int:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     failed, saved = [], {"machine": machine(), "figures": {}}
     for name in options.names or BENCHMARKS:
-        print(f"\n=== {name}", flush=True)
-        command = [sys.executable, str(HERE / f"{name}.py"), *(["--json"] if options.save else [])]
+        command = [sys.executable, str(HERE / f"{name}.py"), "--json"]
         done = subprocess.run(
-            command,
-            env=environment(),
-            timeout=BENCHMARK_SECONDS,
-            check=False,
-            text=True,
-            stdout=subprocess.PIPE if options.save else None,
+            command, env=environment(), timeout=BENCHMARK_SECONDS, check=False, text=True, stdout=subprocess.PIPE
         )
         if done.returncode:
             failed.append(name)
-        elif options.save:
-            saved["figures"][name] = json.loads(done.stdout)
-            print(json.dumps(saved["figures"][name]["figures"], indent=1))
+            continue
+        saved["figures"][name] = result = json.loads(done.stdout)
+        print(f"\n=== {name}: {machine_line(result['machine'])}")
+        print(importlib.import_module(name).table(result["figures"]) + "\n", flush=True)
     if options.save:
         device = re.sub(r"[^a-z0-9]+", "-", saved["machine"]["device"].lower()).strip("-")
         file = HERE / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{device}.json"

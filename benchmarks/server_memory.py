@@ -16,6 +16,7 @@ from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 
 GOAL_MB = 90.0
+STEPS = 100
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,14 +47,15 @@ def measure(options: argparse.Namespace) -> Figures:
             long = scripted_training(server, stub, first, "long", steps=1, flood=options.events)
             end_of(stub, long)
             look(f"a finished training of {options.events} events more")
-            gate = closed_gate(server.home / "gate")
-            watched = scripted_training(server, stub, second, "watched", steps=100, gate=str(gate))
-            with crowd(server.target, watched, shares(options.watchers)) as watchers:
-                look(f"{options.watchers} watchers of a running training more")
-                gate.open_all()
-                for each in watchers:
-                    each.result()
-                look("the same after 100 events to each, watchers gone")
+            for turn in ("", ", a second time"):
+                gate = closed_gate(server.home / f"gate{turn}")
+                watched = scripted_training(server, stub, second, f"watched{turn}", steps=STEPS, gate=str(gate))
+                with crowd(server.target, watched, shares(options.watchers)) as watchers:
+                    look(f"{options.watchers} watchers of a running training more{turn}")
+                    gate.open_all()
+                    for each in watchers:
+                        each.result()
+                look(f"the watchers gone after {STEPS} steps{turn}")
     return {"goal_mb": GOAL_MB, "stages": stages}
 
 

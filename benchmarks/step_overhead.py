@@ -1,7 +1,8 @@
 """What the service costs a training step: the same training through it and in a bare Unsloth script, in turn.
 
 Each arm runs in fresh processes, A B A B …, on the same rows with the same config and seed. A step's time is the time
-between two logged steps. The overhead is the ratio of the medians; its interval comes from 2000 bootstrap draws.
+between two logged steps, so that all that the service does in between counts. The overhead is the ratio of the
+medians; its interval comes from 2000 bootstrap draws of the steps, and knows nothing of what differs between runs.
 
 On a GPU host: python benchmarks/step_overhead.py --model FOLDER --max-seq-length 2048 --load-in-4bit
 """
@@ -23,25 +24,7 @@ from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.training_pb2 import TrainingConfig
 
 ARM_SECONDS = 900
-WORDS = [
-    "fox",
-    "dog",
-    "sea",
-    "old",
-    "man",
-    "story",
-    "language",
-    "number",
-    "answer",
-    "question",
-    "good",
-    "morning",
-    "capital",
-    "of",
-    "France",
-    "is",
-    "Paris",
-]
+TEXT = "fox dog sea old man story language number answer question good morning capital of France is Paris"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,10 +33,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--model", type=Path, help="folder of a model; default: a random Llama of 5 million parameters"
     )
-    options.add_argument("--rounds", type=int, default=3, help="runs of each arm")
+    options.add_argument("--rounds", type=int, default=2, help="runs of each arm")
     options.add_argument("--steps", type=int, default=40, help="steps of a run")
     options.add_argument("--warm-up", type=int, default=8, help="first steps of a run that do not count")
-    options.add_argument("--max-seq-length", type=int, default=256, help="tokens; every row is longer and is cut")
+    options.add_argument("--max-seq-length", type=int, default=64, help="tokens; every row is longer and is cut")
     options.add_argument("--batch-size", type=int, default=2, help="sequences a pass")
     options.add_argument("--gradient-accumulation-steps", type=int, default=4, help="passes a step")
     options.add_argument("--load-in-4bit", action="store_true", help="4-bit weights")
@@ -150,7 +133,7 @@ def _compared(arms: dict[str, list[Figures]], warm_up: int) -> Figures:
         return statistics.median(draws.choices(seconds[arm], k=len(seconds[arm])))
 
     ratios = sorted(100 * (draw("service") / draw("bare") - 1) for _ in range(2000))
-    losses = {arm: runs[0]["losses"] for arm, runs in arms.items()}
+    losses = {arm: [loss for each in runs for loss in each["losses"]] for arm, runs in arms.items()}
     return {
         "steps_counted": {arm: len(values) for arm, values in seconds.items()},
         "median_step_seconds": {arm: round(value, 5) for arm, value in medians.items()},
@@ -160,7 +143,10 @@ def _compared(arms: dict[str, list[Figures]], warm_up: int) -> Figures:
             arm: [round(statistics.median(_durations(each["at"], warm_up)), 5) for each in runs]
             for arm, runs in arms.items()
         },
-        "loss_first_last": {arm: [round(values[0], 5), round(values[-1], 5)] for arm, values in losses.items()},
+        "losses_of_first_round": {arm: runs[0]["losses"] for arm, runs in arms.items()},
+        "seconds_by_round": {
+            arm: [[round(step, 5) for step in _durations(each["at"], 0)] for each in runs] for arm, runs in arms.items()
+        },
         "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
     }
 
@@ -170,8 +156,8 @@ def _durations(at: list[float], warm_up: int) -> list[float]:
 
 
 def _write_rows(file: Path, count: int, words: int) -> None:
-    draws = random.Random(0)
-    file.write_text("\n".join(json.dumps({"text": " ".join(draws.choices(WORDS, k=words))}) for _ in range(count)))
+    draws, vocabulary = random.Random(0), TEXT.split()
+    file.write_text("\n".join(json.dumps({"text": " ".join(draws.choices(vocabulary, k=words))}) for _ in range(count)))
 
 
 def _has_gpu() -> bool:
@@ -180,15 +166,21 @@ def _has_gpu() -> bool:
 
 def table(figures: Figures) -> str:
     """For people."""
+    medians, by_round = figures["median_step_seconds"], figures["medians_by_round"]
     rows = [
-        [arm, 1000 * figures["median_step_seconds"][arm], figures["medians_by_round"][arm], *losses]
-        for arm, losses in figures["loss_first_last"].items()
+        [
+            arm,
+            round(1000 * medians[arm], 1),
+            " ".join(f"{1000 * each:.1f}" for each in by_round[arm]),
+            *(f"{losses[index]:.5f}" for index in (0, len(losses) // 2, -1)),
+        ]
+        for arm, losses in figures["losses_of_first_round"].items()
     ]
     low, high = figures["overhead_percent_95"]
     return (
-        columns(["arm", "median ms a step", "by round (s)", "first loss", "last loss"], rows)
+        columns(["", "median ms a step", "by round", "first loss", "middle", "last"], rows)
         + f"\n\noverhead {figures['overhead_percent']} % (95 %: {low} to {high}); "
-        f"largest difference of a loss {figures['largest_loss_difference']:.2g}"
+        f"largest difference between two losses of the same step {figures['largest_loss_difference']:.2g}"
     )
 
 
