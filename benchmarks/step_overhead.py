@@ -2,7 +2,7 @@
 
 Each arm runs in fresh processes, A B A B …, on the same rows with the same config and seed. A step's time is the time
 between two logged steps, so that all that the service does in between counts. The overhead is the ratio of the
-medians; its interval comes from 2000 bootstrap draws of the steps, and knows nothing of what differs between runs.
+medians; its interval comes from 2000 bootstrap draws, of runs and then of steps in these.
 
 On a GPU host: python benchmarks/step_overhead.py --model FOLDER --max-seq-length 2048 --load-in-4bit
 """
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 from _common import HERE, Figures, columns, environment, options_parser, run, say
@@ -24,6 +25,7 @@ from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.training_pb2 import TrainingConfig
 
 ARM_SECONDS = 900
+LIKE_PERCENT = 5.0  # runs of one arm that differ by more were not alone on the machine
 TEXT = "fox dog sea old man story language number answer question good morning capital of France is Paris"
 
 
@@ -40,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch-size", type=int, default=2, help="sequences a pass")
     options.add_argument("--gradient-accumulation-steps", type=int, default=4, help="passes a step")
     options.add_argument("--load-in-4bit", action="store_true", help="4-bit weights")
+    options.add_argument(
+        "--bare-arguments",
+        type=json.loads,
+        default={},
+        help="JSON of further SFTConfig arguments of the bare arm: to see what one of the service's own costs",
+    )
     options.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU")
     return options
 
@@ -89,6 +97,7 @@ def _bare(
         "max_seq_length": options.max_seq_length,
         "load_in_4bit": options.load_in_4bit,
         "dtype": dtype,
+        "more": options.bare_arguments,
         "config": {field.name: value for field, value in config.ListFields()},
     }
     command = [sys.executable, str(HERE / "bare_script.py"), json.dumps(job)]
@@ -120,29 +129,37 @@ def _service(
     steps = [event for event in events if event.HasField("step")]
     return {
         "at": [event.event_time.ToNanoseconds() / 1e9 for event in steps],
+        "step_seconds": [event.step.step_seconds for event in steps],
         "losses": [event.step.loss for event in steps],
     }
 
 
 def _compared(arms: dict[str, list[Figures]], warm_up: int) -> Figures:
-    seconds = {arm: [step for each in runs for step in _durations(each["at"], warm_up)] for arm, runs in arms.items()}
-    medians = {arm: statistics.median(values) for arm, values in seconds.items()}
+    runs = {arm: [_durations(each["at"], warm_up) for each in results] for arm, results in arms.items()}
+    medians = {arm: statistics.median(chain(*steps)) for arm, steps in runs.items()}
+    inside = {
+        arm: statistics.median(chain(*(each["step_seconds"][warm_up + 1 :] for each in results)))
+        for arm, results in arms.items()
+    }
     draws = random.Random(0)
 
     def draw(arm: str) -> float:
-        return statistics.median(draws.choices(seconds[arm], k=len(seconds[arm])))
+        """Runs first, then steps of these: what differs between processes counts as much as it should."""
+        drawn = draws.choices(runs[arm], k=len(runs[arm]))
+        return statistics.median(chain(*(draws.choices(steps, k=len(steps)) for steps in drawn)))
 
     ratios = sorted(100 * (draw("service") / draw("bare") - 1) for _ in range(2000))
     losses = {arm: [loss for each in runs for loss in each["losses"]] for arm, runs in arms.items()}
+    by_round = {arm: [round(statistics.median(steps), 5) for steps in each] for arm, each in runs.items()}
     return {
-        "steps_counted": {arm: len(values) for arm, values in seconds.items()},
+        "steps_counted": {arm: sum(map(len, each)) for arm, each in runs.items()},
         "median_step_seconds": {arm: round(value, 5) for arm, value in medians.items()},
+        # From the begin of a step to its log; the rest lies between steps: the event, the memory, the next batch.
+        "median_inside_step_seconds": {arm: round(value, 5) for arm, value in inside.items()},
         "overhead_percent": round(100 * (medians["service"] / medians["bare"] - 1), 2),
         "overhead_percent_95": [round(ratios[50], 2), round(ratios[-50], 2)],
-        "medians_by_round": {
-            arm: [round(statistics.median(_durations(each["at"], warm_up)), 5) for each in runs]
-            for arm, runs in arms.items()
-        },
+        "medians_by_round": by_round,
+        "runs_differ_percent": round(max(100 * (max(each) / min(each) - 1) for each in by_round.values()), 1),
         "losses_of_first_round": {arm: runs[0]["losses"] for arm, runs in arms.items()},
         "seconds_by_round": {
             arm: [[round(step, 5) for step in _durations(each["at"], 0)] for each in runs] for arm, runs in arms.items()
@@ -166,22 +183,26 @@ def _has_gpu() -> bool:
 
 def table(figures: Figures) -> str:
     """For people."""
+    inside = figures["median_inside_step_seconds"]
     medians, by_round = figures["median_step_seconds"], figures["medians_by_round"]
     rows = [
         [
             arm,
             round(1000 * medians[arm], 1),
+            round(1000 * inside[arm], 1),
             " ".join(f"{1000 * each:.1f}" for each in by_round[arm]),
             *(f"{losses[index]:.5f}" for index in (0, len(losses) // 2, -1)),
         ]
         for arm, losses in figures["losses_of_first_round"].items()
     ]
     low, high = figures["overhead_percent_95"]
-    return (
-        columns(["", "median ms a step", "by round", "first loss", "middle", "last"], rows)
-        + f"\n\noverhead {figures['overhead_percent']} % (95 %: {low} to {high}); "
-        f"largest difference between two losses of the same step {figures['largest_loss_difference']:.2g}"
-    )
+    text = columns(["", "median ms a step", "inside it", "by round", "first loss", "middle", "last"], rows)
+    text += f"\n\noverhead {figures['overhead_percent']} % (95 %: {low} to {high}); "
+    text += f"largest difference between two losses of the same step {figures['largest_loss_difference']:.2g}"
+    if figures["runs_differ_percent"] > LIKE_PERCENT:
+        text += f"\nruns of the same arm differ by {figures['runs_differ_percent']} %: something else kept the machine "
+        text += "busy, so this overhead says nothing. Run it again on an idle one."
+    return text
 
 
 if __name__ == "__main__":
