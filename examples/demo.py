@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import trivia
-from own_server import own_server
+from own_server import INTERRUPTS, own_server
+from rich.text import Text
 
 import unslothd
 from unslothd.cli import follow, texts
@@ -90,9 +91,10 @@ def demo(max_steps: int, port: int, out: Output) -> None:
     heading(out, "Done", "The model is unloaded, the server has ended, and no process is left.")
     out.line(f"eval loss     {first:.3f} before, {last:.3f} after: {(first - last) / first:.0%} lower")
     out.line(f"memory        {texts.size(freed)} given back")
-    out.line(f"adapter       {shown(adapter)}")
-    out.line(f"TensorBoard   {program('tensorboard')} --logdir {shown(adapter.parent / 'runs')}")
     out.line(f"time          {texts.duration(time.monotonic() - started)} in all")
+    out.line(f"adapter       {shown(adapter)}")
+    out.line("TensorBoard, the curves of this run:")
+    command(out, f"{program('tensorboard')} --logdir {shown(adapter.parent / 'runs')}")
     say_what_to_try(out, run.training_id)
 
 
@@ -123,18 +125,25 @@ def write_rows(file: Path, rows: list[trivia.Row]) -> None:
 def say_what_to_try(out: Output, training_id: str) -> None:
     """Prints commands that go on from here."""
     heading(out, "To try next", "In one terminal a server that finds all of this again:")
-    out.line(
-        f"  {program('unslothd')} serve --home {shown(FOLDER / 'home')} --output-root {shown(FOLDER / 'output')} "
-        f"--model-root {shown(FOLDER / 'models')}"
+    command(
+        out,
+        f"{program('unslothd')} serve --home {shown(FOLDER / 'home')} --output-root {shown(FOLDER / 'output')} "
+        f"--model-root {shown(FOLDER / 'models')}",
     )
     out.line("and in another one:", style="dim")
-    out.line(f"  {program('unslothd')} watch {training_id}")
-    out.line(f"  {program('unslothd')} models load training:{training_id}")
-    out.line(
-        f"  {program('unslothd')} train --model {MODEL_FILE} --dataset {shown(FOLDER / 'trivia-train.jsonl')} "
-        "--max-steps 10"
+    command(out, f"{program('unslothd')} watch {training_id}")
+    command(out, f"{program('unslothd')} models load training:{training_id}")
+    command(
+        out,
+        f"{program('unslothd')} train --model {MODEL_FILE} --dataset {shown(FOLDER / 'trivia-train.jsonl')} "
+        "--max-steps 10",
     )
-    out.line(f"  {program('python')} examples/train_from_python.py")
+    command(out, f"{program('python')} {shown(Path(__file__).with_name('train_from_python.py'))}")
+
+
+def command(out: Output, text: str) -> None:
+    """Prints a command in one line, however narrow the terminal is, so that it can be copied."""
+    out.console.print(Text(f"  {text}"), soft_wrap=True)
 
 
 def heading(out: Output, title: str, explanation: str) -> None:
@@ -165,7 +174,7 @@ def main() -> int:
     parser.add_argument("--max-steps", type=int, default=40, help="optimizer steps of 8 questions (default 40)")
     parser.add_argument("--port", type=int, default=0, help="port of the server (default: a free one)")
     arguments = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in INTERRUPTS:
         signal.signal(number, interrupted)
     out = Output(as_json=False)
     try:

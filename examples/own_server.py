@@ -12,6 +12,8 @@ import psutil
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
+# What ends a program from outside: Ctrl-C, kill, a closed terminal.
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -55,7 +57,8 @@ def _address(server: subprocess.Popen[bytes], log_file: Path) -> str:
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
     """Asks the server to end, which unloads its models; ends it and its workers by force where that takes too long."""
-    impatient = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of them behind
+    # A second Ctrl-C must not leave half of them behind.
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in INTERRUPTS}
     try:
         workers = _children(server.pid)
         server.send_signal(signal.SIGINT)
@@ -71,7 +74,8 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
         if server.stdout is not None:
             server.stdout.close()
     finally:
-        signal.signal(signal.SIGINT, impatient)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _children(pid: int) -> list[psutil.Process]:

@@ -140,7 +140,8 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
     models = Models(
         launcher,
         HostDevices(),
-        roots,
+        # An adapter that was trained on a .gguf file names its conversion in the cache as its base model.
+        AllowedRoots([*settings.model_roots, settings.output_root, settings.home / "cache"]),
         max_loaded=settings.max_loaded_models,
         result_of=trainings.result_of,
     )

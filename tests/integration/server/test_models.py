@@ -159,3 +159,13 @@ def test_preparing_an_unknown_model_names_the_loaded_ones(stub: UnslothServiceSt
 def test_the_path_of_a_secret_is_refused(stub: UnslothServiceStub):
     error = error_of(lambda: stub.LoadModel(pb.LoadModelRequest(model_name="/etc/shadow")))
     assert (error.code, error.reason) == ("PERMISSION_DENIED", "PATH_NOT_ALLOWED")
+
+
+def test_an_adapter_on_a_converted_gguf_file_is_loaded(server: RunningServer, stub: UnslothServiceStub):
+    folder = server.output_root / "on-a-gguf" / "final"
+    folder.mkdir(parents=True)
+    base = server.home / "cache" / "gguf-0123"
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    model = load(stub, str(folder))
+    assert model.state == Model.STATE_READY
+    unload(stub, model.model_id)
