@@ -102,7 +102,12 @@ def _bare(
     }
     command = [sys.executable, str(HERE / "bare_script.py"), json.dumps(job)]
     # The same environment as a worker's, where it matters for speed.
-    more = {"OMP_WAIT_POLICY": "PASSIVE", "UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
+    more = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "1000",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=folder, env=environment(**more), timeout=ARM_SECONDS, check=False
     )

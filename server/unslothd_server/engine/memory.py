@@ -1,7 +1,11 @@
 """Memory that this process holds: on its GPU when it has one, else in RAM."""
 
+import functools
 import os
 import sys
+import time
+from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -14,9 +18,41 @@ def memory_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _gpu_bytes(torch: object) -> int:
-    measured = _driver_bytes()
-    return measured or int(torch.cuda.memory_reserved())  # type: ignore[attr-defined]
+# Asking the driver takes milliseconds, and a step asks; what it says beyond torch's own figures hardly changes.
+_DRIVER_SECONDS = 5.0
+
+
+@dataclass
+class _DriverReading:
+    """What the driver said last.
+
+    Args:
+        at: When, on the monotonic clock.
+        beyond_torch: Bytes of this process that torch does not count: the CUDA context, libraries.
+        utilization: Share of time the GPU was busy, 0 to 1; None where it cannot be read.
+    """
+
+    at: float = -_DRIVER_SECONDS
+    beyond_torch: int = 0
+    utilization: float | None = None
+
+
+_last = _DriverReading()
+
+
+def _reading(torch: Any) -> _DriverReading:
+    """The last reading, or a new one when that is old. Two threads may both take one; either is right."""
+    global _last  # noqa: PLW0603 - one driver, one reading
+    now = time.monotonic()
+    if now - _last.at >= _DRIVER_SECONDS:
+        held = _driver_bytes()
+        beyond = max(0, held - int(torch.cuda.memory_reserved())) if held else 0
+        _last = _DriverReading(now, beyond, _utilization(torch))
+    return _last
+
+
+def _gpu_bytes(torch: Any) -> int:
+    return int(torch.cuda.memory_reserved()) + _reading(torch).beyond_torch
 
 
 def _driver_bytes() -> int:
@@ -27,7 +63,7 @@ def _driver_bytes() -> int:
         return 0
     found = 0
     try:
-        pynvml.nvmlInit()
+        _initialise(pynvml)
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
@@ -38,15 +74,25 @@ def _driver_bytes() -> int:
     return found
 
 
+@functools.cache
+def _initialise(pynvml: Any) -> None:
+    """Once: every nvmlInit counts a user that nothing would ever take off again."""
+    pynvml.nvmlInit()
+
+
+def _utilization(torch: Any) -> float | None:
+    try:
+        return float(torch.cuda.utilization()) / 100
+    except (RuntimeError, ImportError, AttributeError):
+        return None
+
+
 def gpu_utilization() -> float | None:
     """Share of time the GPU was busy, 0 to 1; None where there is none or it cannot be read."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
-    try:
-        return float(torch.cuda.utilization()) / 100
-    except (RuntimeError, ImportError, AttributeError):
-        return None
+    return _reading(torch).utilization
 
 
 class PeakMemory:

@@ -135,13 +135,25 @@ def _trainer_class(base: Any, clock: StepClock, check_stop: Callable[[], None]) 
     import torch
 
     class ServiceTrainer(base):  # type: ignore[misc]
-        """Counts eval loss by token, keeps the clock, writes no model card, and ends a resumed run on time."""
+        """Counts eval loss by token, keeps the clock, writes no model card, never waits, ends a resumed run on time."""
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """Nothing: the folder of a training holds results, not a web page."""
 
+        def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+            """Counts tokens on the device; Transformers waits for the device in every pass to read the number."""
+            mask = inputs.get("attention_mask")
+            # Without a mask the batch is flattened, and no token of it is padding.
+            tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+            self._uncounted_tokens = getattr(self, "_uncounted_tokens", 0) + tokens
+
+        def _count_tokens(self) -> None:
+            self.state.num_input_tokens_seen += int(getattr(self, "_uncounted_tokens", 0))
+            self._uncounted_tokens = 0
+
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             """Adds the seconds trained so far, which thus survive in the checkpoint's log history."""
+            self._count_tokens()
             if "loss" in logs:
                 logs["elapsed_seconds"] = clock.elapsed()
             super().log(logs, *args, **kwargs)
@@ -159,6 +171,7 @@ def _trainer_class(base: Any, clock: StepClock, check_stop: Callable[[], None]) 
                 return super().evaluate(*args, **kwargs)
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            self._count_tokens()
             with clock.stopped():
                 super()._save_checkpoint(*args, **kwargs)
 

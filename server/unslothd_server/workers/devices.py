@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import psutil
@@ -29,12 +30,15 @@ class HostDevices:
 
     Args:
         environ: Where CUDA_VISIBLE_DEVICES is read; default: this process's environment.
-        load_nvml: Returns the module `pynvml`; tests give another.
+        load_nvml: Returns the module `pynvml`, or None on a host that has no GPU for sure; tests give another.
     """
 
-    def __init__(self, environ: Mapping[str, str] | None = None, load_nvml: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, environ: Mapping[str, str] | None = None, load_nvml: Callable[[], object | None] | None = None
+    ) -> None:
         self._visible = (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
-        self._nvml = _initialised(cast("_Nvml", (load_nvml or _import_nvml)()))
+        nvml = (load_nvml or _import_nvml)()
+        self._nvml = None if nvml is None else _initialised(cast("_Nvml", nvml))
 
     def list(self) -> list[Device]:
         """All devices with their memory now, named as a worker names them. The CPU alone when there is no GPU."""
@@ -44,7 +48,10 @@ class HostDevices:
         return [_gpu(self._nvml, index, handle) for index, handle in enumerate(handles)]
 
 
-def _import_nvml() -> object:
+def _import_nvml() -> object | None:
+    # The module takes 15 MB, which a server beside no driver can do without. WSL has its driver in another place.
+    if not any(Path(place).exists() for place in ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia")):
+        return None
     return importlib.import_module("pynvml")
 
 

@@ -19,8 +19,10 @@ _ALWAYS = {
 }
 _UNLESS_SET = {
     "UNSLOTH_DISABLE_STATISTICS": "1",
-    # OpenMP threads that spin while they wait make workers that share a CPU many times slower.
+    # OpenMP threads that spin while they wait make workers that share a CPU many times slower; threads that never
+    # spin make one alone a third slower. A short spin does neither: docs/decisions/0006-short-spins.md has figures.
     "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "1000",
 }
 # `import unsloth` sets it to "python" for child processes, which makes protobuf slow.
 _NEVER = frozenset({"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"})

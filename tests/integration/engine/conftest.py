@@ -1,5 +1,6 @@
 """Real Unsloth on a tiny random Llama; the libraries are imported once for all tests of this folder."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from support import engine_runs
 from support.engine_runs import Loaded, LoadTiny, Row
 from support.tiny_model import build_tiny_llama
 from unslothd_server.engine.unsloth_engine import UnslothEngine
+
+# As in a worker, and before torch reads it: without it these tests take minutes more beside anything else that runs.
+os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
 
 
 @pytest.fixture(scope="session")

@@ -90,5 +90,9 @@ def test_without_a_driver_the_cpu_is_the_device_with_the_hosts_memory():
     assert 0 <= device.utilization <= 1
 
 
+def test_on_a_host_that_has_no_gpu_for_sure_the_cpu_is_the_device():
+    assert [device.device for device in HostDevices({}, lambda: None).list()] == ["cpu"]
+
+
 def test_the_real_library_answers_on_this_host_too():
     assert HostDevices().list()
