@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from support.engine_runs import Loaded, LoadTiny, Row
+from support.tiny_gguf import write_gguf
 from support.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, build_tiny_llama
 from unslothd.v1.model_pb2 import LoadProgress, LoraConfig
 from unslothd.v1.training_pb2 import TrainingConfig
@@ -131,6 +132,24 @@ def test_a_source_that_holds_no_model_is_not_found(load: LoadTiny, tiny: Path, t
     assert isinstance(error, NotFoundError)
     assert error.reason_name == "MODEL_SOURCE_NOT_FOUND"
     assert str(source) in error.message
+
+
+def test_a_gguf_file_becomes_the_same_model_with_the_same_tokens_and_trains(
+    load: LoadTiny, tiny: Path, tmp_path: Path, texts: list[Row]
+) -> None:
+    import torch
+
+    original = load()
+    loaded = load(write_gguf(tiny, tmp_path / "tiny.gguf"))
+    assert loaded.model.total_params == TINY_PARAMS
+    weights = loaded.torch_model.state_dict()
+    for name, weight in original.torch_model.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=0, msg=name)
+    assert loaded.tokenizer.eos_token == original.tokenizer.eos_token
+    text = "The quick brown fox<|im_end|> jumps over 東京"
+    assert loaded.tokenizer(text).input_ids == original.tokenizer(text).input_ids
+    loaded.prepare()
+    assert [step.step for step in loaded.train(texts).of("step")] == [1, 2]
 
 
 def test_a_damaged_gguf_file_is_refused(load: LoadTiny, tmp_path: Path) -> None:
