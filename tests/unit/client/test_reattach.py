@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import random
 import socket
 import struct
@@ -327,8 +328,11 @@ def test_a_lost_connection_is_logged_once(server, say, caplog):
     ]
 
 
+BREAKS = 5
+
+
 class Breaker:
-    """A TCP proxy that resets each connection after a few hundred bytes of answers, another number each time."""
+    """A TCP proxy that resets its first five connections after a few hundred bytes of answers, another number each."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -362,9 +366,10 @@ class Breaker:
         server.close()
 
     def _backward(self, server: socket.socket, client: socket.socket, forward: threading.Thread) -> None:
-        left = self._random.randint(2000, 8000)
+        # Five times at most 800 bytes are less than 150 events have: each of the five is cut in the middle.
+        left = self._random.randint(400, 800) if self.resets < BREAKS else math.inf
         try:
-            while left > 0 and (data := server.recv(min(left, 512))):
+            while left > 0 and (data := server.recv(int(min(left, 512)))):
                 client.sendall(data)
                 left -= len(data)
         except OSError:
@@ -382,14 +387,14 @@ class Breaker:
 def test_every_event_comes_once_over_a_line_that_breaks_again_and_again(server, say, train):
     def log(request: service_pb2.TrainRequest | service_pb2.WatchTrainingRequest, context: object) -> object:
         first = request.after_sequence + 1 if isinstance(request, service_pb2.WatchTrainingRequest) else 1
-        return say.events(*range(first, 80), say.succeeded(80))(request, context)
+        return say.events(*range(first, 150), say.succeeded(150))(request, context)
 
     server.script.on("Train", *[log] * 1000)
     server.script.on("WatchTraining", *[log] * 1000)
     breaker = Breaker(server.port)
     try:
-        assert train(breaker.target)[0] == list(range(1, 81))
+        assert train(breaker.target)[0] == list(range(1, 151))
     finally:
         breaker.close()
-    assert breaker.resets >= 3
+    assert breaker.resets >= BREAKS
     assert len({request.request_id for request in server.script.calls("Train")}) == 1
