@@ -3,7 +3,9 @@
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Column, Table
 
 import unslothd
 from unslothd._base import DEFAULT_TARGET
@@ -41,20 +43,19 @@ def list_models(target: options.Target = DEFAULT_TARGET, as_json: options.Json =
 
 
 def _table(models: list[unslothd.Model]) -> Table:
-    table = Table("model id", "name", "state", "device", "weights", "parameters", "trainable", "memory")
+    """Two lines a model, so that on 80 columns ids and numbers stay whole; names are folded."""
+    heads = ("model id\nname", "state", "weights\ndevice", "parameters\ntrainable", "memory")
+    table = Table(
+        *(Column(head, no_wrap=True) for head in heads), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for model in models:
-        weights = "4-bit" if model.load_in_4bit else model.dtype
-        parameters, trainable = texts.number(model.total_params), texts.number(model.trainable_params)
-        memory = texts.size(model.memory_bytes)
         table.add_row(
-            model.model_id,
-            model.model_name,
+            f"{escape(model.model_id)}\n[dim]{escape(model.model_name)}[/]",
             texts.model_state(model),
-            model.device,
-            weights,
-            parameters,
-            trainable,
-            memory,
+            f"{'4-bit' if model.load_in_4bit else model.dtype}\n{model.device}",
+            f"{texts.number(model.total_params)}\n{texts.number(model.trainable_params)}",
+            texts.size(model.memory_bytes),
         )
     return table
 

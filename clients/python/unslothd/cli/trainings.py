@@ -3,7 +3,7 @@
 from typing import Annotated, cast
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 import unslothd
 from unslothd._base import DEFAULT_TARGET
@@ -62,7 +62,7 @@ def list_trainings(
 
 
 def _table(trainings: list[unslothd.Training]) -> Table:
-    table = Table("training id", "model", "state", "step", "loss", "created")
+    table = Table(Column("training id", no_wrap=True), "model", "state", "step", "loss", "created")
     for training in trainings:
         loss = f"{training.metrics.train_loss:.4f}" if training.HasField("metrics") else ""
         steps = f"{training.step}/{training.total_steps}"
