@@ -17,6 +17,7 @@ from unslothd_server.app.service import Service
 from unslothd_server.app.training_store import TrainingStore
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.config import ConfigError, Settings, load_settings
+from unslothd_server.home_lock import HomeLock, HomeTakenError
 from unslothd_server.rpc.server import RpcServer
 from unslothd_server.workers.devices import HostDevices
 from unslothd_server.workers.launcher import WORKER_COMMAND, LocalLauncher
@@ -69,7 +70,8 @@ def serve_command(
 ) -> None:
     """Serves fine-tuning over gRPC until Ctrl-C.
 
-    Every option can also be an environment variable: --home is UNSLOTHD_HOME, and so on; flags win.
+    Every option can also be an environment variable: --home is UNSLOTHD_HOME, and so on, and UNSLOTHD_MODEL_ROOTS
+    holds all model roots, separated by ":". Flags win.
 
     Example: unslothd serve --listen 127.0.0.1:50051 --home ~/.unslothd --output-root ~/adapters --model-root ~/models
     """
@@ -89,7 +91,7 @@ def serve_command(
         raise typer.Exit(2) from None
     try:
         asyncio.run(serve(settings))
-    except OSError as error:
+    except (OSError, HomeTakenError) as error:
         typer.echo(f"unslothd serve: {error}", err=True)
         raise typer.Exit(1) from None
 
@@ -105,25 +107,28 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    for folder in (settings.home, settings.output_root):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = HomeLock(settings.home)  # before anything that an earlier server left is touched
     service = await build_service(settings, worker_command=worker_command)
     server = RpcServer(service, settings.max_message_bytes)
     port = await server.start(settings.listen)
     host = settings.listen.rpartition(":")[0]
     # Scripts and tests wait for this line, on stdout.
     print(f"unslothd {__version__} is serving on {host}:{port}", flush=True)  # noqa: T201
-    log.info("ready", home=str(settings.home), output_root=str(settings.output_root), roots=_texts(settings))
+    roots = [str(root) for root in settings.model_roots]
+    log.info("ready", home=str(settings.home), output_root=str(settings.output_root), model_roots=roots)
     await stop.wait()
-    log.info("stopping", hint="models are unloaded; press Ctrl-C only once")
+    log.info("stopping", hint="trainings are saved and models unloaded; this takes at most a few minutes")
     await server.announce_stop()
     await service.close()
     await server.stop(_GRACE_SECONDS)
+    lock.release()
     log.info("stopped")
 
 
 async def build_service(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_COMMAND) -> Service:
-    """Makes the folders and the parts, and brings the state of an earlier server up to date."""
-    for folder in (settings.home, settings.output_root):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Puts the parts together, and brings the state of an earlier server up to date."""
     roots = AllowedRoots([*settings.model_roots, settings.output_root])
     trainings = Trainings(
         TrainingStore(settings.home / "trainings", settings.output_root),
@@ -154,23 +159,25 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
     )
 
 
-def _texts(settings: Settings) -> list[str]:
-    return [str(root) for root in settings.model_roots]
-
-
 def _set_up_logging(*, verbose: bool) -> None:
-    """Logs go to stderr: for people on a terminal, as JSON elsewhere."""
+    """Logs go to stderr: for people on a terminal, as JSON elsewhere; those of the standard library too."""
+    level = logging.DEBUG if verbose else logging.INFO
     renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    shared: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    handler = logging.StreamHandler(sys.stderr)
+    remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    formatter = structlog.stdlib.ProcessorFormatter(processors=[remove_meta, renderer], foreign_pre_chain=shared)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Settings of a server: from flags, then UNSLOTHD_* variables, then defaults; every problem is told at once."""
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -17,6 +18,11 @@ class ConfigError(Exception):
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
+
+
+def _split_paths(value: object) -> object:
+    """In the environment several folders are one text, as in PATH."""
+    return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -32,7 +38,7 @@ class Settings(BaseSettings):
     output_root: AbsolutePath = Field(
         default=Path("unslothd-output"), validate_default=True, description="Folder for results of trainings."
     )
-    model_roots: Annotated[tuple[AbsolutePath, ...], NoDecode] = Field(
+    model_roots: Annotated[tuple[AbsolutePath, ...], NoDecode, BeforeValidator(_split_paths)] = Field(
         default=(), description="Folders that models and datasets may be read from."
     )
     allow_insecure_listen: bool = Field(

@@ -18,6 +18,7 @@ To add a reason: add it to `error_reason.proto` with its code and meaning, and r
 `status.py` holds the one table from class to gRPC code. The text of an error ends with what to do next.
 """
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -122,11 +123,17 @@ class NotImplementedYetError(UnslothdError):
 
 
 class UnexpectedError(UnslothdError):
-    """A bug: the caller gets an id, the log gets the traceback."""
+    """A bug: the caller gets an id, the log gets the traceback.
 
-    def __init__(self, error_id: str) -> None:
+    Args:
+        error_id: What the log names the traceback by; by default a new one.
+    """
+
+    def __init__(self, error_id: str = "") -> None:
+        error_id = error_id or uuid.uuid4().hex[:12]
         super().__init__(
             ErrorReason.ERROR_REASON_INTERNAL,
             f"Something unexpected happened in the server. Its log explains error id {error_id}.",
             metadata={"error_id": error_id},
         )
+        self.error_id = error_id

@@ -14,6 +14,11 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default(monkeypatch:
     assert load_settings().listen == "127.0.0.1:50051"
 
 
+def test_model_roots_in_the_environment_are_separated_as_in_path(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("UNSLOTHD_MODEL_ROOTS", "/models/a:/models/b")
+    assert load_settings().model_roots == (Path("/models/a"), Path("/models/b"))
+
+
 def test_relative_folders_become_absolute():
     assert load_settings(output_root=Path("out")).output_root.is_absolute()
 

@@ -197,6 +197,11 @@ class Models:
                     entry.progress.append(response.progress)
                 else:
                     _take_over(entry.model, response.model)
+        except asyncio.CancelledError:  # by `unload` or `close`, which wait for this to end
+            error = PreconditionError(
+                ErrorReason.ERROR_REASON_MODEL_NOT_READY,
+                f'Model "{entry.model_id}" was unloaded while it loaded. Load it again if that was not meant.',
+            )
         except Exception as caught:  # noqa: BLE001 - whatever it is, the callers of LoadModel get it
             error = caught
         finally:
@@ -246,7 +251,7 @@ class Models:
             config = completed(request.training_config, entry.model)
             model = await worker.prepare(
                 worker_pb2.PrepareForTrainingRequest(
-                    lora=request.lora,
+                    lora=request.lora if request.HasField("lora") else None,
                     seed=config.seed,
                     use_gradient_checkpointing=config.use_gradient_checkpointing,
                 )
@@ -272,10 +277,17 @@ class Models:
     # --- unloading ---
 
     async def unload(self, model_id: str) -> int:
-        """Ends the worker; returns the bytes that its device has back. The caller has ended its trainings."""
+        """Ends the worker; returns the bytes that its device has back, 0 for a load that is ended.
+
+        The caller has ended the model's trainings.
+        """
         entry = self.get(model_id)
         async with entry.lock:
             if self._models.get(model_id) is not entry:  # another caller was faster
+                return 0
+            if entry.model.state == Model.STATE_LOADING and entry.task is not None:
+                entry.task.cancel()
+                await entry.task
                 return 0
             before = self._free_bytes(entry)
             held = (await self.describe(model_id)).memory_bytes

@@ -66,13 +66,14 @@ class Service:
         return await self.models.unload(model_id)
 
     async def close(self) -> None:
-        """Ends watches with a resumable error, then the workers, then what waited for them."""
+        """Ends watches with a resumable error, then trainings with a checkpoint, then the workers."""
         self.trainings.interrupt_watchers(
             UnavailableError(
                 ErrorReason.ERROR_REASON_SERVER_STOPPING,
                 "The server is stopping. Once it is back, WatchTraining after your last sequence shows the rest.",
             )
         )
+        await self.trainings.stop_running(self.models)
         await self.models.close()
         await self.trainings.close()
 

@@ -1,8 +1,10 @@
 """The folder of each training: what was asked, its event log, and its place on disk among the results."""
 
+import errno
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +16,7 @@ from unslothd.v1.dataset_pb2 import DataFormat, DatasetSource
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.training_pb2 import Training
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.errors import AlreadyExistsError
+from unslothd_server.errors import AlreadyExistsError, ExhaustedError
 from unslothd_server.event_log import EVENT_LOG_NAME
 
 STATE_VERSION = 1
@@ -99,13 +101,26 @@ class TrainingStore:
             stored: Its assignment gets the datasets, with paths in place of inline rows.
             train: Rows as asked, paths resolved.
             evaluation: The same for the eval rows.
+
+        Raises:
+            ExhaustedError: The disk is full (DISK_FULL). Nothing of the training stays.
         """
         folder = self.folder_of(stored.training.training_id)
-        folder.mkdir(mode=0o700)
-        stored.assignment.train_dataset.CopyFrom(_on_disk(train, folder / "train"))
-        if evaluation is not None:
-            stored.assignment.eval_dataset.CopyFrom(_on_disk(evaluation, folder / "eval"))
-        self.save(stored)
+        try:
+            folder.mkdir(mode=0o700)
+            stored.assignment.train_dataset.CopyFrom(_on_disk(train, folder / "train"))
+            if evaluation is not None:
+                stored.assignment.eval_dataset.CopyFrom(_on_disk(evaluation, folder / "eval"))
+            self.save(stored)
+        except OSError as error:
+            self.remove(stored.training.training_id)
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                raise _disk_full(self._folder) from error
+            raise
+
+    def remove(self, training_id: str) -> None:
+        """Takes back a training that was not accepted after all."""
+        shutil.rmtree(self.folder_of(training_id), ignore_errors=True)
 
     def save(self, stored: StoredTraining) -> None:
         """Replaces training.json in one step."""
@@ -155,6 +170,13 @@ def without_inline_rows(source: DatasetSource) -> DatasetSource:
     if result.WhichOneof("origin") == "inline":
         result.inline.ClearField("data")
     return result
+
+
+def _disk_full(folder: Path) -> ExhaustedError:
+    return ExhaustedError(
+        ErrorReason.ERROR_REASON_DISK_FULL,
+        f"The disk that holds {folder} is full, so the training was not accepted. Free some space, then call again.",
+    )
 
 
 def _has_content(folder: Path) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import structlog
+
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.model_pb2 import Model
 from unslothd.v1.service_pb2 import ListTrainingsRequest, TrainRequest
@@ -28,12 +30,15 @@ from unslothd_server.errors import (
     NotFoundError,
     PreconditionError,
     UnavailableError,
+    UnexpectedError,
     UnslothdError,
 )
 from unslothd_server.event_log import EventLogReader, EventLogWriter
 from unslothd_server.status import to_status
 
-# A forced unload waits this long for trainings to stop at their step boundary before the worker is ended anyway.
+log = structlog.get_logger()
+
+# A forced unload or a stop waits this long for trainings to reach a step boundary; then the worker is ended anyway.
 _STOP_SECONDS = 120.0
 
 
@@ -178,11 +183,15 @@ class Trainings:
                 f'{len(queue)} trainings wait on "{entry.model_id}", the most this server queues. Try again later.',
             )
         run = self._create(request, digest, entry)
-        queue.append(run)
-        self._requests.remember(request.request_id, digest, run)
+        ahead = len(self.pending_on(entry.model_id))
+        try:
+            self._append(run, _state_changed(Training.STATE_QUEUED, ahead))
+        except (UnslothdError, OSError):
+            self._store.remove(run.training_id)
+            raise
         self._runs[run.training_id] = run
-        ahead = len(self.pending_on(entry.model_id)) - 1
-        self._append(run, _state_changed(Training.STATE_QUEUED, ahead))
+        self._requests.remember(request.request_id, digest, run)
+        queue.append(run)
         if entry.model_id not in self._runners:
             task = asyncio.create_task(self._run_queue(entry, queue), name=f"queue of {entry.model_id}")
             self._runners[entry.model_id] = task
@@ -264,14 +273,13 @@ class Trainings:
                 await worker.cancel(run.training_id, save_checkpoint=run.save_on_stop)
             async for event in worker.watch(run.training_id, run.training.last_sequence):
                 self._take(run, event)
-        except UnslothdError as error:
-            await self._fail(run, entry.failure or error)
+            self._store.save(run.stored)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the training ends with it and the next one runs
+            self._fail(run, entry.failure or _known(error, run.training_id))
         finally:
             if entry.model.state == Model.STATE_TRAINING:
                 entry.model.state = previous
             entry.model.active_training_id = ""
-        if is_final(run.training):
-            self._store.save(run.stored)
 
     def _take(self, run: TrainingRun, event: TrainingEvent) -> None:
         """The worker wrote this event into the log; show it."""
@@ -280,15 +288,20 @@ class Trainings:
             if is_final(run.training):
                 run.over.set()
 
-    async def _fail(self, run: TrainingRun, error: UnslothdError) -> None:
-        """The worker cannot go on: what it still wrote counts, then the log gets its end."""
+    def _fail(self, run: TrainingRun, error: UnslothdError) -> None:
+        """The training cannot go on: what its worker still wrote counts, then the log gets its end."""
         for entry in EventLogReader(self._store.event_log(run.training_id)).read(run.training.last_sequence):
             self._take(run, entry.event)
         if is_final(run.training):
             return
-        if self._closing is not None:
-            error = self._closing
-        self._append(run, TrainingEvent(failed=TrainingFailed(error=to_status(error))))
+        event = TrainingEvent(failed=TrainingFailed(error=to_status(self._closing or error)))
+        try:
+            self._append(run, event)
+            self._store.save(run.stored)
+        except (UnslothdError, OSError):
+            # Its watchers and its model are not kept waiting for a disk; the next start ends the log.
+            log.exception("the end of a training could not be written", training=run.training_id)
+            self._take(run, event)
 
     def _append(self, run: TrainingRun, event: TrainingEvent) -> None:
         """Writes an event of the server's own; only while no worker has the training."""
@@ -328,9 +341,17 @@ class Trainings:
 
     async def stop_all_on(self, model_id: str, models: Models) -> None:
         """Cancels every training on a model with a checkpoint and waits, bounded, until they are over."""
-        pending = self.pending_on(model_id)
+        await self._stop(self.pending_on(model_id), models)
+
+    async def stop_running(self, models: Models) -> None:
+        """The same for every training that runs; those that wait stay QUEUED."""
+        running = [run for run in self._runs.values() if not is_final(run.training) and self._is_handed_over(run)]
+        await self._stop(running, models)
+
+    async def _stop(self, pending: Sequence[TrainingRun], models: Models) -> None:
         for run in reversed(pending):
-            await self.cancel(run.training_id, models, save_checkpoint=True)
+            with contextlib.suppress(UnslothdError):  # its worker is dead, deaf or going; the runner ends the training
+                await self.cancel(run.training_id, models, save_checkpoint=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_SECONDS):
                 await asyncio.gather(*(run.over.wait() for run in pending))
@@ -344,6 +365,14 @@ class Trainings:
     async def close(self) -> None:
         """Waits for the runners; their workers have been ended."""
         await asyncio.gather(*self._runners.values(), return_exceptions=True)
+
+
+def _known(error: Exception, training_id: str) -> UnslothdError:
+    if isinstance(error, UnslothdError):
+        return error
+    unexpected = UnexpectedError()
+    log.error("unexpected error", training=training_id, error_id=unexpected.error_id, exc_info=error)
+    return unexpected
 
 
 def apply_once(training: Training, event: TrainingEvent) -> bool:

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -115,7 +114,7 @@ def _unary(name: str, behaviour: Any) -> Callable[..., Awaitable[Message]]:
             response = await behaviour(request, context)
         except Exception as error:  # noqa: BLE001 - whatever it is, it becomes a status
             await _abort(name, context, error, started)
-        log.info("rpc", rpc=name, code="OK", ms=_ms(started))
+        log.debug("rpc", rpc=name, code="OK", ms=_ms(started))
         return response
 
     return call
@@ -129,11 +128,11 @@ def _stream(name: str, behaviour: Any) -> Callable[..., AsyncIterator[Any]]:
             async for response in behaviour(request, context):
                 yield response
         except asyncio.CancelledError:
-            log.info("rpc", rpc=name, code="CANCELLED", ms=_ms(started))
+            log.debug("rpc", rpc=name, code="CANCELLED", ms=_ms(started))
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it becomes a status
             await _abort(name, context, error, started)
-        log.info("rpc", rpc=name, code="OK", ms=_ms(started))
+        log.debug("rpc", rpc=name, code="OK", ms=_ms(started))
 
     return call
 
@@ -142,9 +141,9 @@ async def _abort(name: str, context: Context, error: Exception, started: float) 
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, UnslothdError):
-        error_id = uuid.uuid4().hex[:12]
-        log.error("unexpected error", rpc=name, error_id=error_id, exc_info=error)
-        error = UnexpectedError(error_id)
+        unexpected = UnexpectedError()
+        log.error("unexpected error", rpc=name, error_id=unexpected.error_id, exc_info=error)
+        error = unexpected
     status: Any = rpc_status.to_status(to_status(error))  # pyright: ignore[reportUnknownMemberType]
     log.info("rpc", rpc=name, code=status.code.name, reason=error.reason_name, ms=_ms(started))
     await context.abort(status.code, status.details, status.trailing_metadata)

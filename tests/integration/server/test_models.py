@@ -63,6 +63,31 @@ def test_a_load_goes_on_when_its_caller_hangs_up(server: RunningServer, stub: Un
     unload(stub, "gated-unsloth")
 
 
+def test_unloading_a_model_that_is_loading_ends_its_load_and_leaves_nothing(
+    server: RunningServer, stub: UnslothServiceStub
+):
+    a_model(server, "endless", load_gate=str(server.home / "never"))
+    call = stub.LoadModel(pb.LoadModelRequest(model_name="endless"), timeout=CALL_SECONDS)
+    while next(call).progress.phase != LoadProgress.PHASE_LOADING_WEIGHTS:
+        pass
+    unload(stub, "endless-unsloth")
+    error = error_of(lambda: call)
+    assert (error.code, error.reason) == ("FAILED_PRECONDITION", "MODEL_NOT_READY")
+    assert "unloaded" in error.message
+    assert model_ids(stub) == []
+    assert not list((server.home / "workers").glob("*"))
+
+
+def test_unloading_a_model_whose_worker_only_starts_leaves_nothing(server: RunningServer, stub: UnslothServiceStub):
+    call = stub.LoadModel(pb.LoadModelRequest(model_name="tiny"), timeout=CALL_SECONDS)
+    next(call)
+    unload(stub, "tiny-unsloth")
+    error = error_of(lambda: call)
+    assert error.reason == "MODEL_NOT_READY"
+    assert model_ids(stub) == []
+    assert not list((server.home / "workers").glob("*"))
+
+
 def test_prepare_returns_the_completed_config(stub: UnslothServiceStub):
     model = load(stub, "tiny")
     request = pb.PrepareForTrainingRequest(

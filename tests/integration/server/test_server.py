@@ -143,6 +143,41 @@ def test_a_stop_ends_watches_with_unavailable_unloads_the_models_and_leaves_no_p
         assert not [child for child in children if child.is_running()]
 
 
+def test_a_second_server_on_the_same_home_is_refused_and_harms_nothing(tmp_path: Path):
+    gate = StepGate(tmp_path / "gate")
+    with RunningServer(tmp_path, fake_workers=True) as server:
+        a_model(server, "tiny")
+        stub = server.stub()
+        with prepared_model(stub, "tiny") as model:
+            events = train(stub, model.model_id, inline([fake_row(steps=2, gate=str(gate))]))
+            next(events)
+            command = [sys.executable, "-m", "unslothd_server", "--listen", "127.0.0.1:0", "--home", str(server.home)]
+            command += ["--output-root", str(server.output_root)]
+            second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            assert second.returncode == 1
+            assert str(server.process.pid) in second.stderr
+            assert "--home" in second.stderr
+            gate.open_all()
+            assert list(events)[-1].HasField("succeeded")
+
+
+def test_a_stop_keeps_a_checkpoint_of_what_was_training(tmp_path: Path):
+    gate = StepGate(tmp_path / "gate")
+    with RunningServer(tmp_path, fake_workers=True) as server:
+        a_model(server, "tiny")
+        stub = server.stub()
+        model = load(stub, "tiny")
+        stub.PrepareForTraining(pb.PrepareForTrainingRequest(model_id=model.model_id), timeout=CALL_SECONDS)
+        events = train(stub, model.model_id, inline([fake_row(steps=9, gate=str(gate))]))
+        gate.open(1, 2)
+        training_id = next(event.training_id for event in events if event.step.step == 2)
+        server.stop()
+    with RunningServer(tmp_path, fake_workers=True) as server:
+        training = server.stub().GetTraining(pb.GetTrainingRequest(training_id=training_id)).training
+        assert training.state == Training.STATE_CANCELLED
+        assert [checkpoint.step for checkpoint in training.checkpoints] == [2]
+
+
 def test_a_new_server_shows_the_trainings_of_the_one_before(tmp_path: Path):
     with RunningServer(tmp_path, fake_workers=True) as server:
         a_model(server, "tiny")
