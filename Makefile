@@ -49,7 +49,7 @@ lint: $(READY) $(GENERATE_READY) $(NODE_READY) toolchain ## the checks that run 
 .PHONY: format
 format: $(READY) $(GENERATE_READY) toolchain ## lay out Python, Go and protos the usual way
 	@.venv/bin/ruff check --quiet --fix-only && .venv/bin/ruff format --quiet
-	@.venv-generate/bin/buf format --write --exclude-path protos/third_party
+	@.venv-generate/bin/buf format --write --path protos/unslothd
 	@cd clients/go && go fmt ./...
 
 .PHONY: demo

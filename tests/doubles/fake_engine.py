@@ -1,5 +1,6 @@
 """A scripted Engine: no torch, milliseconds a step, and told to misbehave by the knobs of `fake_worker.py`."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from unslothd.v1.artifact_pb2 import Artifact, ArtifactFile, ExportProgress
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.generation_pb2 import GenerateSummary
 from unslothd.v1.model_pb2 import LoadProgress, Model
@@ -23,11 +25,17 @@ from unslothd.v1.training_event_pb2 import (
     TrainingSucceeded,
     TrainingWarning,
 )
-from unslothd.v1.training_pb2 import Checkpoint, TrainingMetrics, TrainingPlan
+from unslothd.v1.training_pb2 import Checkpoint, RenderedRow, TrainingMetrics, TrainingPlan
 from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
-from unslothd.worker.v1.worker_service_pb2 import LoadModelRequest, PrepareForTrainingRequest, StartTrainingRequest
+from unslothd.worker.v1.worker_service_pb2 import (
+    ExportModelRequest,
+    LoadModelRequest,
+    PlanTrainingRequest,
+    PrepareForTrainingRequest,
+    StartTrainingRequest,
+)
 from unslothd_server.errors import DatasetError, ExhaustedError, NotFoundError
-from unslothd_server.worker.ports import StopSignal
+from unslothd_server.worker.ports import StopSignal, TrainingPaused
 
 TOTAL_PARAMS = 1_000_000
 MEMORY_BYTES = 123_456_789
@@ -80,9 +88,44 @@ class FakeEngine:
 
     def train(
         self, request: StartTrainingRequest, emit: Callable[[TrainingEvent], None], stop: StopSignal
-    ) -> TrainingSucceeded | TrainingCancelled:
+    ) -> TrainingSucceeded | TrainingCancelled | TrainingPaused:
         """Follows the script in the first row of train_dataset."""
         return FakeTraining(request, emit, stop).run()
+
+    def plan(self, request: PlanTrainingRequest, cancelled: Event) -> TrainingPlan:
+        """Counts the rows; shows as many of them as were asked for."""
+        training = request.training
+        rows, script = _rows_and_script(training)
+        _misbehave(script.get("plan", ""))
+        shown = [RenderedRow(text=f"row {number}", num_tokens=2) for number in range(1, rows + 1)]
+        plan = TrainingPlan(
+            config=training.config,
+            num_rows=rows,
+            num_tokens=2 * rows,
+            total_steps=int(script.get("steps", training.config.max_steps or 3)),
+            trainable_params=self._model.trainable_params,
+            memory_measured=request.measure,
+            preview=shown[: request.preview_rows],
+        )
+        if request.measure:
+            plan.tokens_per_second = 1000.0
+        return plan
+
+    def export(
+        self, request: ExportModelRequest, report: Callable[[ExportProgress], None], cancelled: Event
+    ) -> Artifact:
+        """Writes one file of a few bytes."""
+        report(ExportProgress(phase="writing", total=1))
+        _wait_for_file(self._model_script.get("export_gate", ""))
+        _misbehave(self._model_script.get("export", ""))
+        folder = Path(request.output_dir)
+        folder.mkdir(parents=True)
+        content = b"exported " * 1000
+        (folder / "model.safetensors").write_bytes(content)
+        file = ArtifactFile(
+            name="model.safetensors", num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+        )
+        return Artifact(path=str(folder), files=[file], format=request.format)
 
     def generate(self, request: GenerateRequest, cancelled: Event) -> Iterator[str | GenerateSummary]:
         """Yields the prompt's words back, again and again, up to max_new_tokens of them."""
@@ -121,7 +164,7 @@ class FakeTraining:
         self._saved_step = self._first - 1
         self._first_began = 0.0
 
-    def run(self) -> TrainingSucceeded | TrainingCancelled:
+    def run(self) -> TrainingSucceeded | TrainingCancelled | TrainingPaused:
         """Runs to the end or to the step boundary after a stop."""
         if not self._rows:
             raise DatasetError(ErrorReason.ERROR_REASON_DATASET_EMPTY, "The dataset holds no rows. Give at least one.")
@@ -134,10 +177,10 @@ class FakeTraining:
             self._wait_gate("gate", step, heeds_stop=True)
             self._keep_pace(step)
             if self._stop.requested.is_set():
-                return self._cancelled(step - 1)
+                return self._halted(step - 1)
             self._run_step(step)
         if self._stop.requested.is_set():
-            return self._cancelled(self._steps)
+            return self._halted(self._steps)
         return self._succeeded()
 
     def _start(self) -> None:
@@ -212,6 +255,13 @@ class FakeTraining:
         final.mkdir(exist_ok=True)
         (final / "adapter_config.json").write_text("{}")
         return str(final)
+
+    def _halted(self, step: int) -> TrainingCancelled | TrainingPaused:
+        if not self._stop.pause:
+            return self._cancelled(step)
+        if step and self._saved_step != step:
+            self._save(step)
+        return TrainingPaused(step)
 
     def _cancelled(self, step: int) -> TrainingCancelled:
         if not self._stop.save_checkpoint or step == 0:

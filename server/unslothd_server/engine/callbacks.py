@@ -88,7 +88,7 @@ class EventCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_log = True
             control.should_evaluate = False
-            control.should_save = self._stop.save_checkpoint
+            control.should_save = self._stop.keeps_checkpoint
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

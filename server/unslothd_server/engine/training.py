@@ -26,7 +26,7 @@ from unslothd_server.engine.step_clock import StepClock
 from unslothd_server.engine.tokens import TokenisedDataset, tokenise
 from unslothd_server.engine.trainer import build_trainer
 from unslothd_server.errors import UnslothdError
-from unslothd_server.worker.ports import StopSignal
+from unslothd_server.worker.ports import StopSignal, TrainingPaused
 
 OOM_REMEDY = (
     "train with a smaller batch_size and more gradient_accumulation_steps (the optimizer step stays the same), with "
@@ -58,7 +58,7 @@ class TrainingRun:
         self._row_warnings: list[TrainingWarning] = []
         self._trainer: Any = None
 
-    def run(self) -> TrainingSucceeded | TrainingCancelled:
+    def run(self) -> TrainingSucceeded | TrainingCancelled | TrainingPaused:
         """Trains to the end, or to the stop.
 
         Raises:
@@ -196,11 +196,11 @@ class TrainingRun:
             self._emit(TrainingEvent(warning=warning))
         self._check_stop()
 
-    def _finish(self, events: EventCallback) -> TrainingSucceeded | TrainingCancelled:
+    def _finish(self, events: EventCallback) -> TrainingSucceeded | TrainingCancelled | TrainingPaused:
         trainer = self._trainer
         step = int(trainer.state.global_step)
         if self._stop.requested.is_set() and step < trainer.state.max_steps:
-            return self._cancelled(step)
+            return self._halted(step)
         if trainer.eval_dataset is not None and self._figures.eval_step != step:
             trainer.evaluate()
         if self._figures.saved_step != step and not self._resumed_at(step):
@@ -213,16 +213,18 @@ class TrainingRun:
     def _resumed_at(self, step: int) -> bool:
         return bool(self._request.resume_from_checkpoint) and self._resume_step() == step
 
-    def _stopped(self) -> TrainingCancelled:
+    def _stopped(self) -> TrainingCancelled | TrainingPaused:
         """A stop before the first step or out of an evaluation; the trainer stands at a step boundary."""
         trainer = self._trainer
         step = int(trainer.state.global_step) if trainer is not None else 0
-        if step and self._stop.save_checkpoint and self._figures.saved_step != step and not self._resumed_at(step):
+        if step and self._stop.keeps_checkpoint and self._figures.saved_step != step and not self._resumed_at(step):
             trainer._save_checkpoint(trainer.model, trial=None)
             trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
-        return self._cancelled(step)
+        return self._halted(step)
 
-    def _cancelled(self, step: int) -> TrainingCancelled:
+    def _halted(self, step: int) -> TrainingCancelled | TrainingPaused:
+        if self._stop.pause:
+            return TrainingPaused(step)
         keep = self._stop.save_checkpoint and step > 0
         return TrainingCancelled(step=step, output_dir=str(self._save_final()) if keep else "")
 

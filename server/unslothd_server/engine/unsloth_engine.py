@@ -4,16 +4,24 @@ from collections.abc import Callable, Iterator
 from threading import Event
 from typing import TYPE_CHECKING
 
+from unslothd.v1.artifact_pb2 import Artifact, ExportProgress
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.generation_pb2 import GenerateSummary
 from unslothd.v1.model_pb2 import LoadProgress, Model
 from unslothd.v1.service_pb2 import GenerateRequest
 from unslothd.v1.training_event_pb2 import TrainingCancelled, TrainingEvent, TrainingSucceeded
+from unslothd.v1.training_pb2 import TrainingPlan
 from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
-from unslothd.worker.v1.worker_service_pb2 import LoadModelRequest, PrepareForTrainingRequest, StartTrainingRequest
+from unslothd.worker.v1.worker_service_pb2 import (
+    ExportModelRequest,
+    LoadModelRequest,
+    PlanTrainingRequest,
+    PrepareForTrainingRequest,
+    StartTrainingRequest,
+)
 from unslothd_server.engine import environment, memory
-from unslothd_server.errors import PreconditionError
-from unslothd_server.worker.ports import StopSignal
+from unslothd_server.errors import NotImplementedYetError, PreconditionError
+from unslothd_server.worker.ports import StopSignal, TrainingPaused
 
 if TYPE_CHECKING:
     from unslothd_server.engine.model_loading import LoadedModel
@@ -50,7 +58,7 @@ class UnslothEngine:
 
     def train(
         self, request: StartTrainingRequest, emit: Callable[[TrainingEvent], None], stop: StopSignal
-    ) -> TrainingSucceeded | TrainingCancelled:
+    ) -> TrainingSucceeded | TrainingCancelled | TrainingPaused:
         """Trains to the end or to the stop; see `training.TrainingRun`."""
         from unslothd_server.engine.training import TrainingRun
 
@@ -61,6 +69,16 @@ class UnslothEngine:
                 "The model has no trainable parameters yet. Call PrepareForTraining, then Train again.",
             )
         return TrainingRun(loaded, request, emit, stop).run()
+
+    def plan(self, request: PlanTrainingRequest, cancelled: Event) -> TrainingPlan:
+        """Works out what `train` would do."""
+        raise NotImplementedYetError("PlanTraining")
+
+    def export(
+        self, request: ExportModelRequest, report: Callable[[ExportProgress], None], cancelled: Event
+    ) -> Artifact:
+        """Writes the model in another form."""
+        raise NotImplementedYetError("ExportModel")
 
     def generate(self, request: GenerateRequest, cancelled: Event) -> Iterator[str | GenerateSummary]:
         """Yields text as it comes and the summary at the end; see `generation.generate`."""

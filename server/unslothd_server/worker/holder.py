@@ -7,14 +7,18 @@ import os
 from collections.abc import Callable, Iterator
 from threading import Event, Lock
 
+from unslothd.v1.artifact_pb2 import Artifact, ExportProgress
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.generation_pb2 import GenerateSummary
 from unslothd.v1.model_pb2 import LoadProgress, Model
+from unslothd.v1.training_pb2 import TrainingPlan
 from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
 from unslothd.worker.v1.worker_service_pb2 import (
+    ExportModelRequest,
     GenerateRequest,
     GetStatusResponse,
     LoadModelRequest,
+    PlanTrainingRequest,
     PrepareForTrainingRequest,
     StartTrainingRequest,
 )
@@ -122,28 +126,25 @@ class ModelHolder:
     def take_training(self, request: StartTrainingRequest) -> tuple[TrainingRun, bool]:
         """Takes a training over. Returns it, and whether it is new: an equal request may come twice.
 
+        One that is over may come again with another request: it is resumed.
+
         Raises:
             PreconditionError: The model is not prepared, or another training is active.
-            AlreadyExistsError: The id was handed over with other content.
+            AlreadyExistsError: It was handed over with other content, and this one is not a resume.
             OutOfRangeError: The log does not end where the request says.
         """
         with self._lock:
             known = self._runs.get(request.training_id)
             if known is not None and known.request == request:
                 return known, False
-            if known is not None:
+            if known is not None and (not known.is_over or request.next_sequence <= known.last_sequence):
                 raise AlreadyExistsError(
                     ErrorReason.ERROR_REASON_REQUEST_ID_REUSED,
                     f"Training '{request.training_id}' was handed over before with other content. "
                     "Take a new training_id.",
                 )
             self._check_not_ending()
-            model = self._idle_model("trained")
-            if model.state != Model.STATE_PREPARED:
-                raise PreconditionError(
-                    ErrorReason.ERROR_REASON_MODEL_NOT_PREPARED,
-                    f"Model '{self.model_id}' has no trainable parameters yet. Call PrepareForTraining first.",
-                )
+            self._prepared_model("trained")
             run = TrainingRun(request)
             self._runs[request.training_id] = run
             self._latest = run
@@ -152,6 +153,18 @@ class ModelHolder:
     def train(self, run: TrainingRun) -> None:
         """Runs a training that was taken over. Main thread."""
         run.execute(self._engine)
+
+    def plan(self, request: PlanTrainingRequest, cancelled: Event) -> TrainingPlan:
+        """Works out what a training would do. Main thread."""
+        self._prepared_model("planned for")
+        return self._engine.plan(request, cancelled)
+
+    def export(
+        self, request: ExportModelRequest, report: Callable[[ExportProgress], None], cancelled: Event
+    ) -> Artifact:
+        """Writes the model in another form. Main thread."""
+        self._idle_model("exported")
+        return self._engine.export(request, report, cancelled)
 
     def check_idle(self, asked: str) -> None:
         """Refuses what would wait behind a whole training for the main thread.
@@ -170,6 +183,15 @@ class ModelHolder:
         """Yields text, then the summary. Main thread."""
         self._idle_model("asked for text")
         return self._engine.generate(request.request, cancelled)
+
+    def _prepared_model(self, asked: str) -> Model:
+        model = self._idle_model(asked)
+        if model.state != Model.STATE_PREPARED:
+            raise PreconditionError(
+                ErrorReason.ERROR_REASON_MODEL_NOT_PREPARED,
+                f"Model '{self.model_id}' has no trainable parameters yet. Call PrepareForTraining first.",
+            )
+        return model
 
     def _idle_model(self, asked: str) -> Model:
         run = self.active_run()

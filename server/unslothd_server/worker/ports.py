@@ -5,12 +5,20 @@ from dataclasses import dataclass
 from threading import Event
 from typing import Protocol
 
+from unslothd.v1.artifact_pb2 import Artifact, ExportProgress
 from unslothd.v1.generation_pb2 import GenerateSummary
 from unslothd.v1.model_pb2 import LoadProgress, Model
 from unslothd.v1.service_pb2 import GenerateRequest
 from unslothd.v1.training_event_pb2 import TrainingCancelled, TrainingEvent, TrainingSucceeded
+from unslothd.v1.training_pb2 import TrainingPlan
 from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
-from unslothd.worker.v1.worker_service_pb2 import LoadModelRequest, PrepareForTrainingRequest, StartTrainingRequest
+from unslothd.worker.v1.worker_service_pb2 import (
+    ExportModelRequest,
+    LoadModelRequest,
+    PlanTrainingRequest,
+    PrepareForTrainingRequest,
+    StartTrainingRequest,
+)
 
 
 @dataclass
@@ -20,10 +28,29 @@ class StopSignal:
     Args:
         requested: Set once someone asked.
         save_checkpoint: Meaningful once requested: keep a checkpoint and the adapter so far.
+        pause: Meaningful once requested: keep a checkpoint and end as paused, to go on from it later. A cancel that
+            comes while a pause is under way wins.
     """
 
     requested: Event
     save_checkpoint: bool = False
+    pause: bool = False
+
+    @property
+    def keeps_checkpoint(self) -> bool:
+        """True when the step at which it stops needs a checkpoint."""
+        return self.save_checkpoint or self.pause
+
+
+@dataclass(frozen=True)
+class TrainingPaused:
+    """What `Engine.train` returns for a training that stopped to go on later.
+
+    Args:
+        step: Last finished step; its checkpoint is in the log. 0 = it had not begun.
+    """
+
+    step: int
 
 
 class Engine(Protocol):
@@ -51,13 +78,23 @@ class Engine(Protocol):
 
     def train(
         self, request: StartTrainingRequest, emit: Callable[[TrainingEvent], None], stop: StopSignal
-    ) -> TrainingSucceeded | TrainingCancelled:
+    ) -> TrainingSucceeded | TrainingCancelled | TrainingPaused:
         """Trains to the end, or to the step boundary after `stop.requested`.
 
         `emit` takes an event of which only the kind is set, and returns once it is in the log: started, step,
         evaluation, checkpoint_saved, warning. The worker adds the state and the terminal events.
         Nothing is written to request.output_dir before the rows are known to be trainable.
         """
+        ...
+
+    def plan(self, request: PlanTrainingRequest, cancelled: Event) -> TrainingPlan:
+        """Works out what `train` would do. Changes nothing: no weight, no random state, no file."""
+        ...
+
+    def export(
+        self, request: ExportModelRequest, report: Callable[[ExportProgress], None], cancelled: Event
+    ) -> Artifact:
+        """Writes the model in another form; the folder appears whole or not at all. Leaves the model as it was."""
         ...
 
     def generate(self, request: GenerateRequest, cancelled: Event) -> Iterator[str | GenerateSummary]:

@@ -7,8 +7,10 @@ from typing import TypeVar
 
 import grpc
 
+from unslothd.v1.artifact_pb2 import ExportProgress
 from unslothd.v1.generation_pb2 import GenerateSummary
 from unslothd.v1.model_pb2 import LoadProgress, Model
+from unslothd.v1.training_pb2 import TrainingPlan
 from unslothd.worker.v1 import worker_service_pb2 as messages
 from unslothd.worker.v1.worker_service_pb2_grpc import WorkerServiceServicer
 from unslothd_server.worker.commands import Command, CommandQueue
@@ -86,15 +88,39 @@ class WorkerService(WorkerServiceServicer):
             self._holder.run_of(request.training_id).cancel(save_checkpoint=request.save_checkpoint)
             return messages.CancelTrainingResponse()
 
+    def PauseTraining(
+        self, request: messages.PauseTrainingRequest, context: grpc.ServicerContext
+    ) -> messages.PauseTrainingResponse:
+        """Tells a training to stop at its next step boundary, to go on later."""
+        with aborting(context, "pausing a training"):
+            self._holder.run_of(request.training_id).pause()
+            return messages.PauseTrainingResponse()
+
+    def PlanTraining(
+        self, request: messages.PlanTrainingRequest, context: grpc.ServicerContext
+    ) -> messages.PlanTrainingResponse:
+        """Works out what a training would do; stops when the caller goes away."""
+        with aborting(context, "planning a training"):
+            self._holder.check_idle("planned for")
+            cancelled = _when_gone(context)
+            plans = list(self._on_main(partial(self._plan, request, cancelled)))
+            return messages.PlanTrainingResponse(plan=plans[0] if plans else None)
+
+    def ExportModel(
+        self, request: messages.ExportModelRequest, context: grpc.ServicerContext
+    ) -> Iterator[messages.ExportModelResponse]:
+        """Writes the model in another form; goes on when the caller goes away."""
+        with aborting(context, "exporting the model"):
+            self._holder.check_idle("exported")
+            yield from self._on_main(partial(self._export, request))
+
     def Generate(
         self, request: messages.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[messages.GenerateResponse]:
         """Streams text; stops when the caller goes away."""
         with aborting(context, "generating"):
             self._holder.check_idle("asked for text")
-            cancelled = Event()
-            if not context.add_callback(cancelled.set):
-                return
+            cancelled = _when_gone(context)
             for part in self._on_main(partial(self._generate, request, cancelled)):
                 if isinstance(part, GenerateSummary):
                     yield messages.GenerateResponse(summary=part)
@@ -125,6 +151,22 @@ class WorkerService(WorkerServiceServicer):
     def _prepare(self, request: messages.PrepareForTrainingRequest, put: Callable[[Model], None]) -> None:
         put(self._holder.prepare(request))
 
+    def _plan(
+        self, request: messages.PlanTrainingRequest, cancelled: Event, put: Callable[[TrainingPlan], None]
+    ) -> None:
+        if not cancelled.is_set():
+            put(self._holder.plan(request, cancelled))
+
+    def _export(
+        self, request: messages.ExportModelRequest, put: Callable[[messages.ExportModelResponse], None]
+    ) -> None:
+        def report(progress: ExportProgress) -> None:
+            put(messages.ExportModelResponse(progress=progress))
+
+        # The server goes on with an export whose caller has left; only the end of the worker ends it.
+        artifact = self._holder.export(request, report, Event())
+        put(messages.ExportModelResponse(artifact=artifact))
+
     def _generate(
         self, request: messages.GenerateRequest, cancelled: Event, put: Callable[[str | GenerateSummary], None]
     ) -> None:
@@ -132,3 +174,11 @@ class WorkerService(WorkerServiceServicer):
             return  # the caller went away while this waited for its turn
         for part in self._holder.generate(request, cancelled):
             put(part)
+
+
+def _when_gone(context: grpc.ServicerContext) -> Event:
+    """An event that is set once the caller has gone."""
+    gone = Event()
+    if not context.add_callback(gone.set):
+        gone.set()
+    return gone

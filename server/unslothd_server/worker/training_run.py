@@ -17,10 +17,10 @@ from unslothd.v1.training_event_pb2 import (
 from unslothd.v1.training_pb2 import Training
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
 from unslothd_server.errors import OutOfRangeError, UnslothdError
-from unslothd_server.event_log import EVENT_LOG_NAME, EventLogReader, EventLogWriter, is_terminal
+from unslothd_server.event_log import EVENT_LOG_NAME, EventLogReader, EventLogWriter
 from unslothd_server.status import to_status
 from unslothd_server.worker.faults import as_unslothd_error
-from unslothd_server.worker.ports import Engine, StopSignal
+from unslothd_server.worker.ports import Engine, StopSignal, TrainingPaused
 
 _log = logging.getLogger(__name__)
 _CALLER_CHECK_S = 1.0  # how soon a watch without events notices that its caller has gone
@@ -53,7 +53,7 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """True once the terminal event is in the log, or cannot be written."""
+        """True once the last event is in the log (a terminal one, or PAUSED), or cannot be written."""
         return self._over
 
     @property
@@ -62,15 +62,15 @@ class TrainingRun:
         return self._last_sequence
 
     def execute(self, engine: Engine) -> None:
-        """Runs the training to its terminal event. Raises nothing. For the main thread."""
+        """Runs the training to its last event. Raises nothing. For the main thread."""
         try:
-            terminal = self._outcome(engine)
+            last = self._outcome(engine)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary: the error becomes the last event
             failure = as_unslothd_error(error, f"training {self.request.training_id}")
-            terminal = TrainingEvent(failed=TrainingFailed(error=to_status(failure)))
+            last = TrainingEvent(failed=TrainingFailed(error=to_status(failure)))
         with self._changed:  # whoever sees the last event finds the worker ready for the next training
             try:
-                self._append(terminal, fsync=True)
+                self._append(last, fsync=True)
             except Exception as error:  # noqa: BLE001 - the watchers get it
                 self._log_error = as_unslothd_error(error, f"ending the log of training {self.request.training_id}")
             self._writer.close()
@@ -81,7 +81,17 @@ class TrainingRun:
         """Asks for a stop at the next step boundary."""
         if save_checkpoint:
             self.stop.save_checkpoint = True
+        self.stop.pause = False
         self.stop.requested.set()
+
+    def pause(self) -> None:
+        """Asks for a stop at the next step boundary that can be gone on from. One that stops already is left to."""
+        with self._changed:
+            if self._over or self.stop.requested.is_set():
+                return
+            self._append(_state(Training.STATE_PAUSING))
+            self.stop.pause = True
+            self.stop.requested.set()
 
     def wait_over(self) -> None:
         """Returns once the training is over."""
@@ -89,7 +99,7 @@ class TrainingRun:
             self._changed.wait_for(lambda: self._over)
 
     def follow(self, after_sequence: int, is_wanted: Callable[[], bool]) -> Iterator[TrainingEvent]:
-        """Yields the events after a sequence, as they come, up to the terminal one.
+        """Yields the events after a sequence, as they come, up to the last one.
 
         Args:
             after_sequence: Last sequence that the caller has.
@@ -108,8 +118,6 @@ class TrainingRun:
             for entry in islice(reader.read(sequence), self.last_sequence - sequence):
                 yield entry.event
                 sequence = entry.event.sequence
-                if is_terminal(entry.event):
-                    return
             if self._wait_beyond(sequence):
                 continue
             if self._over and self._log_error is not None:
@@ -118,13 +126,18 @@ class TrainingRun:
                 return
 
     def _outcome(self, engine: Engine) -> TrainingEvent:
-        self._append(TrainingEvent(state_changed=TrainingStateChanged(state=Training.STATE_RUNNING)))
         if self.stop.requested.is_set():
-            return TrainingEvent(cancelled=TrainingCancelled())
+            return self._stopped_early()
+        self._append(_state(Training.STATE_RUNNING))
         outcome = engine.train(self.request, self._emit, self.stop)
+        if isinstance(outcome, TrainingPaused):
+            return _state(Training.STATE_PAUSED)
         if isinstance(outcome, TrainingSucceeded):
             return TrainingEvent(succeeded=outcome)
         return TrainingEvent(cancelled=outcome)
+
+    def _stopped_early(self) -> TrainingEvent:
+        return _state(Training.STATE_PAUSED) if self.stop.pause else TrainingEvent(cancelled=TrainingCancelled())
 
     def _emit(self, event: TrainingEvent) -> None:
         self._append(event, fsync=event.HasField("checkpoint_saved"))
@@ -144,6 +157,10 @@ class TrainingRun:
         with self._changed:
             self._changed.wait_for(lambda: self._over or self.last_sequence > sequence, _CALLER_CHECK_S)
             return self.last_sequence > sequence
+
+
+def _state(state: "Training.State.ValueType") -> TrainingEvent:
+    return TrainingEvent(state_changed=TrainingStateChanged(state=state))
 
 
 def _not_next(request: StartTrainingRequest, last_sequence: int) -> OutOfRangeError:

@@ -112,7 +112,7 @@ def test_a_stop_before_the_start_cancels_without_touching_the_engine(tmp_path: P
 
     run.execute(Engine(lambda emit, stop: pytest.fail("the engine was called")))
 
-    assert kinds(tmp_path) == ["state_changed", "cancelled"]
+    assert kinds(tmp_path) == ["cancelled"]
 
 
 def test_a_checkpoint_that_anyone_asked_for_is_saved(tmp_path: Path):

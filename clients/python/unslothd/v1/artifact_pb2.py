@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from unslothd._vendor.buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aunslothd/v1/artifact.proto\x12\x0bunslothd.v1\x1a\x1b\x62uf/validate/validate.proto\"^\n\x12TrainingCheckpoint\x12+\n\x0btraining_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01R\ntrainingId\x12\x1b\n\x04step\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x04step\"P\n\x0e\x45xportProgress\x12\x14\n\x05phase\x18\x01 \x01(\tR\x05phase\x12\x12\n\x04\x64one\x18\x02 \x01(\x03R\x04\x64one\x12\x14\n\x05total\x18\x03 \x01(\x03R\x05total\"p\n\x08\x41rtifact\x12\x1f\n\x0b\x61rtifact_id\x18\x01 \x01(\tR\nartifactId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12/\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x19.unslothd.v1.ArtifactFileR\x05\x66iles\"W\n\x0c\x41rtifactFile\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n\tnum_bytes\x18\x02 \x01(\x03R\x08numBytes\x12\x16\n\x06sha256\x18\x03 \x01(\tR\x06sha256*\x9f\x01\n\x0c\x45xportFormat\x12\x1d\n\x19\x45XPORT_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45XPORT_FORMAT_ADAPTER\x10\x01\x12\x1e\n\x1a\x45XPORT_FORMAT_MERGED_16BIT\x10\x02\x12\x1d\n\x19\x45XPORT_FORMAT_MERGED_4BIT\x10\x03\x12\x16\n\x12\x45XPORT_FORMAT_GGUF\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aunslothd/v1/artifact.proto\x12\x0bunslothd.v1\x1a\x1b\x62uf/validate/validate.proto\"^\n\x12TrainingCheckpoint\x12+\n\x0btraining_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01R\ntrainingId\x12\x1b\n\x04step\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x04step\"P\n\x0e\x45xportProgress\x12\x14\n\x05phase\x18\x01 \x01(\tR\x05phase\x12\x12\n\x04\x64one\x18\x02 \x01(\x03R\x04\x64one\x12\x14\n\x05total\x18\x03 \x01(\x03R\x05total\"\xa3\x01\n\x08\x41rtifact\x12\x1f\n\x0b\x61rtifact_id\x18\x01 \x01(\tR\nartifactId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12/\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x19.unslothd.v1.ArtifactFileR\x05\x66iles\x12\x31\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x19.unslothd.v1.ExportFormatR\x06\x66ormat\"W\n\x0c\x41rtifactFile\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n\tnum_bytes\x18\x02 \x01(\x03R\x08numBytes\x12\x16\n\x06sha256\x18\x03 \x01(\tR\x06sha256*\x9f\x01\n\x0c\x45xportFormat\x12\x1d\n\x19\x45XPORT_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45XPORT_FORMAT_ADAPTER\x10\x01\x12\x1e\n\x1a\x45XPORT_FORMAT_MERGED_16BIT\x10\x02\x12\x1d\n\x19\x45XPORT_FORMAT_MERGED_4BIT\x10\x03\x12\x16\n\x12\x45XPORT_FORMAT_GGUF\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,14 +36,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAININGCHECKPOINT'].fields_by_name['training_id']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
   _globals['_TRAININGCHECKPOINT'].fields_by_name['step']._loaded_options = None
   _globals['_TRAININGCHECKPOINT'].fields_by_name['step']._serialized_options = b'\272H\004\032\002(\000'
-  _globals['_EXPORTFORMAT']._serialized_start=454
-  _globals['_EXPORTFORMAT']._serialized_end=613
+  _globals['_EXPORTFORMAT']._serialized_start=506
+  _globals['_EXPORTFORMAT']._serialized_end=665
   _globals['_TRAININGCHECKPOINT']._serialized_start=72
   _globals['_TRAININGCHECKPOINT']._serialized_end=166
   _globals['_EXPORTPROGRESS']._serialized_start=168
   _globals['_EXPORTPROGRESS']._serialized_end=248
-  _globals['_ARTIFACT']._serialized_start=250
-  _globals['_ARTIFACT']._serialized_end=362
-  _globals['_ARTIFACTFILE']._serialized_start=364
-  _globals['_ARTIFACTFILE']._serialized_end=451
+  _globals['_ARTIFACT']._serialized_start=251
+  _globals['_ARTIFACT']._serialized_end=414
+  _globals['_ARTIFACTFILE']._serialized_start=416
+  _globals['_ARTIFACTFILE']._serialized_end=503
 # @@protoc_insertion_point(module_scope)

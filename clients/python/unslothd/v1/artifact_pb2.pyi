@@ -116,10 +116,13 @@ class Artifact(_message.Message):
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """Server-chosen."""
     path: _builtins.str
     """Absolute folder on the server."""
+    format: Global___ExportFormat.ValueType
+    """Form of the files."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArtifactFile]:
         """Its files."""
@@ -130,10 +133,11 @@ class Artifact(_message.Message):
         artifact_id: _builtins.str = ...,
         path: _builtins.str = ...,
         files: _abc.Iterable[Global___ArtifactFile] | None = ...,
+        format: Global___ExportFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "files", b"files", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "files", b"files", "format", b"format", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

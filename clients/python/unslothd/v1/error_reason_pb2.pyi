@@ -31,7 +31,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_DATASET_COLUMNS: _ErrorReason.ValueType  # 3
     """INVALID_ARGUMENT. The layout needs columns that the rows do not have, or no layout fits the columns."""
     ERROR_REASON_DATASET_ROW: _ErrorReason.ValueType  # 4
-    """INVALID_ARGUMENT. A row could not be parsed or rendered; the text names the row, counted from 1, and the cause."""
+    """INVALID_ARGUMENT. Rows could not be parsed or rendered; the text names the first, counted from 1, and its cause.
+    An upload names up to 20 of them as BadRequest fields "rows[N]".
+    """
+    ERROR_REASON_DATASET_DAMAGED: _ErrorReason.ValueType  # 5
+    """INVALID_ARGUMENT. The bytes are not what the header says: another sha256, or another or a damaged format."""
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 10
     """NOT_FOUND. No model of that id is loaded."""
     ERROR_REASON_MODEL_SOURCE_NOT_FOUND: _ErrorReason.ValueType  # 11
@@ -40,6 +44,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND. No training of that id is known."""
     ERROR_REASON_DATASET_NOT_FOUND: _ErrorReason.ValueType  # 13
     """NOT_FOUND. The dataset, file, folder or Hub dataset does not exist."""
+    ERROR_REASON_CHECKPOINT_NOT_FOUND: _ErrorReason.ValueType  # 14
+    """NOT_FOUND. The training has no such checkpoint, or none at all, or its files are gone."""
+    ERROR_REASON_ARTIFACT_NOT_FOUND: _ErrorReason.ValueType  # 15
+    """NOT_FOUND. No such artifact, or no such file in it."""
     ERROR_REASON_MODEL_NOT_PREPARED: _ErrorReason.ValueType  # 20
     """FAILED_PRECONDITION. The model has no trainable parameters yet; call PrepareForTraining first."""
     ERROR_REASON_MODEL_NOT_READY: _ErrorReason.ValueType  # 21
@@ -54,10 +62,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION. The model or dataset needs code of its own, and the operator has not allowed trust_remote_code."""
     ERROR_REASON_TRAINING_STATE: _ErrorReason.ValueType  # 26
     """FAILED_PRECONDITION. The training is in a state that does not allow the call."""
+    ERROR_REASON_DATASET_IN_USE: _ErrorReason.ValueType  # 27
+    """FAILED_PRECONDITION. A training that is not over uses the dataset."""
+    ERROR_REASON_CHECKPOINT_DAMAGED: _ErrorReason.ValueType  # 28
+    """FAILED_PRECONDITION. Every checkpoint that could be gone on from is damaged."""
+    ERROR_REASON_EXPORT_UNSUPPORTED: _ErrorReason.ValueType  # 29
+    """FAILED_PRECONDITION. This server cannot write that form: ServerLimits.export_formats has those that it can."""
     ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 30
     """ALREADY_EXISTS. request_id was used before for other content."""
     ERROR_REASON_OUTPUT_DIR_TAKEN: _ErrorReason.ValueType  # 31
-    """ALREADY_EXISTS. output_dir holds the results of another training."""
+    """ALREADY_EXISTS. output_dir holds the results of another training or export."""
+    ERROR_REASON_MODEL_ID_TAKEN: _ErrorReason.ValueType  # 32
+    """ALREADY_EXISTS. Another model is loaded under the id of the training's model; unload it first."""
     ERROR_REASON_PATH_NOT_ALLOWED: _ErrorReason.ValueType  # 40
     """PERMISSION_DENIED. A path lies outside the roots that the operator allows."""
     ERROR_REASON_HUB_ACCESS_DENIED: _ErrorReason.ValueType  # 41
@@ -74,8 +90,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED. The device ran out of memory while it trained."""
     ERROR_REASON_DISK_FULL: _ErrorReason.ValueType  # 55
     """RESOURCE_EXHAUSTED. The disk that holds the server's home or the output root is full."""
+    ERROR_REASON_DATASET_TOO_LARGE: _ErrorReason.ValueType  # 56
+    """RESOURCE_EXHAUSTED. The dataset is larger than ServerLimits.max_dataset_bytes; metadata: max_bytes."""
     ERROR_REASON_SEQUENCE_OUT_OF_RANGE: _ErrorReason.ValueType  # 60
     """OUT_OF_RANGE. after_sequence is beyond the last entry of the log; metadata: last_sequence."""
+    ERROR_REASON_OFFSET_OUT_OF_RANGE: _ErrorReason.ValueType  # 61
+    """OUT_OF_RANGE. offset is beyond the end of the file; metadata: num_bytes."""
     ERROR_REASON_HUB_UNREACHABLE: _ErrorReason.ValueType  # 70
     """UNAVAILABLE. The Hub cannot be reached from the server."""
     ERROR_REASON_SERVER_STOPPING: _ErrorReason.ValueType  # 71
@@ -106,7 +126,11 @@ ERROR_REASON_DATASET_EMPTY: ErrorReason.ValueType  # 2
 ERROR_REASON_DATASET_COLUMNS: ErrorReason.ValueType  # 3
 """INVALID_ARGUMENT. The layout needs columns that the rows do not have, or no layout fits the columns."""
 ERROR_REASON_DATASET_ROW: ErrorReason.ValueType  # 4
-"""INVALID_ARGUMENT. A row could not be parsed or rendered; the text names the row, counted from 1, and the cause."""
+"""INVALID_ARGUMENT. Rows could not be parsed or rendered; the text names the first, counted from 1, and its cause.
+An upload names up to 20 of them as BadRequest fields "rows[N]".
+"""
+ERROR_REASON_DATASET_DAMAGED: ErrorReason.ValueType  # 5
+"""INVALID_ARGUMENT. The bytes are not what the header says: another sha256, or another or a damaged format."""
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 10
 """NOT_FOUND. No model of that id is loaded."""
 ERROR_REASON_MODEL_SOURCE_NOT_FOUND: ErrorReason.ValueType  # 11
@@ -115,6 +139,10 @@ ERROR_REASON_TRAINING_NOT_FOUND: ErrorReason.ValueType  # 12
 """NOT_FOUND. No training of that id is known."""
 ERROR_REASON_DATASET_NOT_FOUND: ErrorReason.ValueType  # 13
 """NOT_FOUND. The dataset, file, folder or Hub dataset does not exist."""
+ERROR_REASON_CHECKPOINT_NOT_FOUND: ErrorReason.ValueType  # 14
+"""NOT_FOUND. The training has no such checkpoint, or none at all, or its files are gone."""
+ERROR_REASON_ARTIFACT_NOT_FOUND: ErrorReason.ValueType  # 15
+"""NOT_FOUND. No such artifact, or no such file in it."""
 ERROR_REASON_MODEL_NOT_PREPARED: ErrorReason.ValueType  # 20
 """FAILED_PRECONDITION. The model has no trainable parameters yet; call PrepareForTraining first."""
 ERROR_REASON_MODEL_NOT_READY: ErrorReason.ValueType  # 21
@@ -129,10 +157,18 @@ ERROR_REASON_REMOTE_CODE_REFUSED: ErrorReason.ValueType  # 25
 """FAILED_PRECONDITION. The model or dataset needs code of its own, and the operator has not allowed trust_remote_code."""
 ERROR_REASON_TRAINING_STATE: ErrorReason.ValueType  # 26
 """FAILED_PRECONDITION. The training is in a state that does not allow the call."""
+ERROR_REASON_DATASET_IN_USE: ErrorReason.ValueType  # 27
+"""FAILED_PRECONDITION. A training that is not over uses the dataset."""
+ERROR_REASON_CHECKPOINT_DAMAGED: ErrorReason.ValueType  # 28
+"""FAILED_PRECONDITION. Every checkpoint that could be gone on from is damaged."""
+ERROR_REASON_EXPORT_UNSUPPORTED: ErrorReason.ValueType  # 29
+"""FAILED_PRECONDITION. This server cannot write that form: ServerLimits.export_formats has those that it can."""
 ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 30
 """ALREADY_EXISTS. request_id was used before for other content."""
 ERROR_REASON_OUTPUT_DIR_TAKEN: ErrorReason.ValueType  # 31
-"""ALREADY_EXISTS. output_dir holds the results of another training."""
+"""ALREADY_EXISTS. output_dir holds the results of another training or export."""
+ERROR_REASON_MODEL_ID_TAKEN: ErrorReason.ValueType  # 32
+"""ALREADY_EXISTS. Another model is loaded under the id of the training's model; unload it first."""
 ERROR_REASON_PATH_NOT_ALLOWED: ErrorReason.ValueType  # 40
 """PERMISSION_DENIED. A path lies outside the roots that the operator allows."""
 ERROR_REASON_HUB_ACCESS_DENIED: ErrorReason.ValueType  # 41
@@ -149,8 +185,12 @@ ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 54
 """RESOURCE_EXHAUSTED. The device ran out of memory while it trained."""
 ERROR_REASON_DISK_FULL: ErrorReason.ValueType  # 55
 """RESOURCE_EXHAUSTED. The disk that holds the server's home or the output root is full."""
+ERROR_REASON_DATASET_TOO_LARGE: ErrorReason.ValueType  # 56
+"""RESOURCE_EXHAUSTED. The dataset is larger than ServerLimits.max_dataset_bytes; metadata: max_bytes."""
 ERROR_REASON_SEQUENCE_OUT_OF_RANGE: ErrorReason.ValueType  # 60
 """OUT_OF_RANGE. after_sequence is beyond the last entry of the log; metadata: last_sequence."""
+ERROR_REASON_OFFSET_OUT_OF_RANGE: ErrorReason.ValueType  # 61
+"""OUT_OF_RANGE. offset is beyond the end of the file; metadata: num_bytes."""
 ERROR_REASON_HUB_UNREACHABLE: ErrorReason.ValueType  # 70
 """UNAVAILABLE. The Hub cannot be reached from the server."""
 ERROR_REASON_SERVER_STOPPING: ErrorReason.ValueType  # 71

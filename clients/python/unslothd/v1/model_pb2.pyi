@@ -46,9 +46,13 @@ class Model(_message.Message):
         """Its worker is stopping."""
         STATE_FAILED: Model._State.ValueType  # 6
         """Its worker died or loading failed; calls on it fail with the cause. UnloadModel removes it."""
+        STATE_SUSPENDED: Model._State.ValueType  # 7
+        """Its training is paused: the worker is gone and the device is free. It comes back when the training goes on."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """Where a model is in its life. READY -> PREPARED -> TRAINING -> PREPARED is legal; FAILED is final."""
+        """Where a model is in its life. READY -> PREPARED -> TRAINING -> PREPARED is legal, and so is TRAINING -> SUSPENDED
+        -> LOADING -> PREPARED. FAILED is final.
+        """
 
     STATE_UNSPECIFIED: Model.State.ValueType  # 0
     """Not used."""
@@ -64,6 +68,8 @@ class Model(_message.Message):
     """Its worker is stopping."""
     STATE_FAILED: Model.State.ValueType  # 6
     """Its worker died or loading failed; calls on it fail with the cause. UnloadModel removes it."""
+    STATE_SUSPENDED: Model.State.ValueType  # 7
+    """Its training is paused: the worker is gone and the device is free. It comes back when the training goes on."""
 
     MODEL_ID_FIELD_NUMBER: _builtins.int
     MODEL_NAME_FIELD_NUMBER: _builtins.int

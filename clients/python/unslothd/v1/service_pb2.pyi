@@ -1297,7 +1297,9 @@ class ExportModelRequest(_message.Message):
     gguf_quantization: _builtins.str
     """Only with GGUF: "q4_k_m", "q8_0", "f16" and so on; empty = "q8_0"."""
     output_dir: _builtins.str
-    """Folder, relative to the output root; empty = beside the training's results."""
+    """Folder, relative to the output root, as TrainingConfig.output_dir; empty = a free name beside the training's
+    results, or below "exports" for a model that no training of this server made.
+    """
     @_builtins.property
     def checkpoint(self) -> _artifact_pb2.TrainingCheckpoint:
         """A result or a checkpoint."""

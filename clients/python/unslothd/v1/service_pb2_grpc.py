@@ -208,8 +208,10 @@ class UnslothServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UploadDataset(self, request_iterator, context):
-        """Stores rows on the server: a header, then chunks.
-        Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY), RESOURCE_EXHAUSTED (DISK_FULL).
+        """Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
+        the same bytes again is free once they are stored.
+        Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
+        DISK_FULL).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -230,14 +232,16 @@ class UnslothServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDataset(self, request, context):
-        """Removes a stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION while a training uses it.
+        """Removes a stored dataset.
+        Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PlanTraining(self, request, context):
-        """Works out what Train would do, without doing it. Errors: as Train.
+        """Works out what Train would do, without doing it. Errors: as Train, and FAILED_PRECONDITION (MODEL_BUSY) while a
+        training runs on the model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -245,7 +249,8 @@ class UnslothServiceServicer(object):
 
     def Train(self, request, context):
         """Trains, and streams every event of the training from sequence 1 on. The stream ends OK after the succeeded event,
-        with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one.
+        with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one. While the
+        training is paused the stream stays open.
         Errors before the first event: NOT_FOUND (MODEL_NOT_FOUND, DATASET_NOT_FOUND), PERMISSION_DENIED
         (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
         OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
@@ -288,7 +293,8 @@ class UnslothServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PauseTraining(self, request, context):
-        """Asks a training to save at the next step boundary and to free its device.
+        """Asks a training to save at the next step boundary and to free its device: its worker ends, the model is SUSPENDED.
+        Trainings that wait behind it wait on. The answer comes at once, in STATE_PAUSING or PAUSED. Idempotent.
         Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -296,8 +302,11 @@ class UnslothServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ResumeTraining(self, request, context):
-        """Goes on with a training from a checkpoint.
-        Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
+        """Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
+        A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
+        on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+        Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+        (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -312,15 +321,20 @@ class UnslothServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExportModel(self, request, context):
-        """Writes a model in another form: progress, then the Artifact as the last message.
-        Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND), RESOURCE_EXHAUSTED (DISK_FULL).
+        """Writes a model in another form: progress, then the Artifact as the last message. Refused while a training runs on
+        the model. A half-written export is never seen under its final name.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
+        MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
+        INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadArtifact(self, request, context):
-        """Streams the files of an artifact or a checkpoint. Errors: NOT_FOUND.
+        """Streams the files of an artifact or a checkpoint, in the order of their names.
+        Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
+        (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

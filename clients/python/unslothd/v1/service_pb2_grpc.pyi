@@ -63,20 +63,27 @@ class UnslothServiceStub:
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_BUSY, unless force).
     """
     UploadDataset: _grpc.StreamUnaryMultiCallable[_service_pb2.UploadDatasetRequest, _service_pb2.UploadDatasetResponse]
-    """Stores rows on the server: a header, then chunks.
-    Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY), RESOURCE_EXHAUSTED (DISK_FULL).
+    """Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
+    the same bytes again is free once they are stored.
+    Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
+    DISK_FULL).
     """
     GetDataset: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetDatasetRequest, _service_pb2.GetDatasetResponse]
     """One stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND)."""
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListDatasetsRequest, _service_pb2.ListDatasetsResponse]
     """Stored datasets, newest first."""
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_service_pb2.DeleteDatasetRequest, _service_pb2.DeleteDatasetResponse]
-    """Removes a stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION while a training uses it."""
+    """Removes a stored dataset.
+    Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
+    """
     PlanTraining: _grpc.UnaryUnaryMultiCallable[_service_pb2.PlanTrainingRequest, _service_pb2.PlanTrainingResponse]
-    """Works out what Train would do, without doing it. Errors: as Train."""
+    """Works out what Train would do, without doing it. Errors: as Train, and FAILED_PRECONDITION (MODEL_BUSY) while a
+    training runs on the model.
+    """
     Train: _grpc.UnaryStreamMultiCallable[_service_pb2.TrainRequest, _service_pb2.TrainResponse]
     """Trains, and streams every event of the training from sequence 1 on. The stream ends OK after the succeeded event,
-    with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one.
+    with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one. While the
+    training is paused the stream stays open.
     Errors before the first event: NOT_FOUND (MODEL_NOT_FOUND, DATASET_NOT_FOUND), PERMISSION_DENIED
     (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
     OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
@@ -97,23 +104,33 @@ class UnslothServiceStub:
     Errors: NOT_FOUND (TRAINING_NOT_FOUND).
     """
     PauseTraining: _grpc.UnaryUnaryMultiCallable[_service_pb2.PauseTrainingRequest, _service_pb2.PauseTrainingResponse]
-    """Asks a training to save at the next step boundary and to free its device.
+    """Asks a training to save at the next step boundary and to free its device: its worker ends, the model is SUSPENDED.
+    Trainings that wait behind it wait on. The answer comes at once, in STATE_PAUSING or PAUSED. Idempotent.
     Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
     """
     ResumeTraining: _grpc.UnaryUnaryMultiCallable[_service_pb2.ResumeTrainingRequest, _service_pb2.ResumeTrainingResponse]
-    """Goes on with a training from a checkpoint.
-    Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
+    """Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
+    A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
+    on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+    Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+    (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
     """
     Generate: _grpc.UnaryStreamMultiCallable[_service_pb2.GenerateRequest, _service_pb2.GenerateResponse]
     """Streams text from a loaded model, then a summary. Refused while a training runs on the model.
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY, MODEL_BUSY), ABORTED (WORKER_DIED).
     """
     ExportModel: _grpc.UnaryStreamMultiCallable[_service_pb2.ExportModelRequest, _service_pb2.ExportModelResponse]
-    """Writes a model in another form: progress, then the Artifact as the last message.
-    Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND), RESOURCE_EXHAUSTED (DISK_FULL).
+    """Writes a model in another form: progress, then the Artifact as the last message. Refused while a training runs on
+    the model. A half-written export is never seen under its final name.
+    Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
+    MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
+    INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
     """
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_service_pb2.DownloadArtifactRequest, _service_pb2.DownloadArtifactResponse]
-    """Streams the files of an artifact or a checkpoint. Errors: NOT_FOUND."""
+    """Streams the files of an artifact or a checkpoint, in the order of their names.
+    Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
+    (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
+    """
 
 @_typing.type_check_only
 class UnslothServiceAsyncStub(UnslothServiceStub):
@@ -150,20 +167,27 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_BUSY, unless force).
     """
     UploadDataset: _aio.StreamUnaryMultiCallable[_service_pb2.UploadDatasetRequest, _service_pb2.UploadDatasetResponse]  # type: ignore[assignment]
-    """Stores rows on the server: a header, then chunks.
-    Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY), RESOURCE_EXHAUSTED (DISK_FULL).
+    """Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
+    the same bytes again is free once they are stored.
+    Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
+    DISK_FULL).
     """
     GetDataset: _aio.UnaryUnaryMultiCallable[_service_pb2.GetDatasetRequest, _service_pb2.GetDatasetResponse]  # type: ignore[assignment]
     """One stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND)."""
     ListDatasets: _aio.UnaryUnaryMultiCallable[_service_pb2.ListDatasetsRequest, _service_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     """Stored datasets, newest first."""
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_service_pb2.DeleteDatasetRequest, _service_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
-    """Removes a stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION while a training uses it."""
+    """Removes a stored dataset.
+    Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
+    """
     PlanTraining: _aio.UnaryUnaryMultiCallable[_service_pb2.PlanTrainingRequest, _service_pb2.PlanTrainingResponse]  # type: ignore[assignment]
-    """Works out what Train would do, without doing it. Errors: as Train."""
+    """Works out what Train would do, without doing it. Errors: as Train, and FAILED_PRECONDITION (MODEL_BUSY) while a
+    training runs on the model.
+    """
     Train: _aio.UnaryStreamMultiCallable[_service_pb2.TrainRequest, _service_pb2.TrainResponse]  # type: ignore[assignment]
     """Trains, and streams every event of the training from sequence 1 on. The stream ends OK after the succeeded event,
-    with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one.
+    with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one. While the
+    training is paused the stream stays open.
     Errors before the first event: NOT_FOUND (MODEL_NOT_FOUND, DATASET_NOT_FOUND), PERMISSION_DENIED
     (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
     OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
@@ -184,23 +208,33 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     Errors: NOT_FOUND (TRAINING_NOT_FOUND).
     """
     PauseTraining: _aio.UnaryUnaryMultiCallable[_service_pb2.PauseTrainingRequest, _service_pb2.PauseTrainingResponse]  # type: ignore[assignment]
-    """Asks a training to save at the next step boundary and to free its device.
+    """Asks a training to save at the next step boundary and to free its device: its worker ends, the model is SUSPENDED.
+    Trainings that wait behind it wait on. The answer comes at once, in STATE_PAUSING or PAUSED. Idempotent.
     Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
     """
     ResumeTraining: _aio.UnaryUnaryMultiCallable[_service_pb2.ResumeTrainingRequest, _service_pb2.ResumeTrainingResponse]  # type: ignore[assignment]
-    """Goes on with a training from a checkpoint.
-    Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
+    """Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
+    A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
+    on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+    Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+    (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
     """
     Generate: _aio.UnaryStreamMultiCallable[_service_pb2.GenerateRequest, _service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams text from a loaded model, then a summary. Refused while a training runs on the model.
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY, MODEL_BUSY), ABORTED (WORKER_DIED).
     """
     ExportModel: _aio.UnaryStreamMultiCallable[_service_pb2.ExportModelRequest, _service_pb2.ExportModelResponse]  # type: ignore[assignment]
-    """Writes a model in another form: progress, then the Artifact as the last message.
-    Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND), RESOURCE_EXHAUSTED (DISK_FULL).
+    """Writes a model in another form: progress, then the Artifact as the last message. Refused while a training runs on
+    the model. A half-written export is never seen under its final name.
+    Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
+    MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
+    INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
     """
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_service_pb2.DownloadArtifactRequest, _service_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
-    """Streams the files of an artifact or a checkpoint. Errors: NOT_FOUND."""
+    """Streams the files of an artifact or a checkpoint, in the order of their names.
+    Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
+    (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
+    """
 
 class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
     """Fine-tunes language models with Unsloth on the host that runs it.
@@ -276,8 +310,10 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_service_pb2.UploadDatasetRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.UploadDatasetResponse, _abc.Awaitable[_service_pb2.UploadDatasetResponse]]:
-        """Stores rows on the server: a header, then chunks.
-        Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY), RESOURCE_EXHAUSTED (DISK_FULL).
+        """Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
+        the same bytes again is free once they are stored.
+        Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
+        DISK_FULL).
         """
 
     @_abc_1.abstractmethod
@@ -302,7 +338,9 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.DeleteDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.DeleteDatasetResponse, _abc.Awaitable[_service_pb2.DeleteDatasetResponse]]:
-        """Removes a stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION while a training uses it."""
+        """Removes a stored dataset.
+        Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
+        """
 
     @_abc_1.abstractmethod
     def PlanTraining(
@@ -310,7 +348,9 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.PlanTrainingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.PlanTrainingResponse, _abc.Awaitable[_service_pb2.PlanTrainingResponse]]:
-        """Works out what Train would do, without doing it. Errors: as Train."""
+        """Works out what Train would do, without doing it. Errors: as Train, and FAILED_PRECONDITION (MODEL_BUSY) while a
+        training runs on the model.
+        """
 
     @_abc_1.abstractmethod
     def Train(
@@ -319,7 +359,8 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_service_pb2.TrainResponse], _abc.AsyncIterator[_service_pb2.TrainResponse]]:
         """Trains, and streams every event of the training from sequence 1 on. The stream ends OK after the succeeded event,
-        with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one.
+        with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one. While the
+        training is paused the stream stays open.
         Errors before the first event: NOT_FOUND (MODEL_NOT_FOUND, DATASET_NOT_FOUND), PERMISSION_DENIED
         (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
         OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
@@ -370,7 +411,8 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.PauseTrainingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.PauseTrainingResponse, _abc.Awaitable[_service_pb2.PauseTrainingResponse]]:
-        """Asks a training to save at the next step boundary and to free its device.
+        """Asks a training to save at the next step boundary and to free its device: its worker ends, the model is SUSPENDED.
+        Trainings that wait behind it wait on. The answer comes at once, in STATE_PAUSING or PAUSED. Idempotent.
         Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
         """
 
@@ -380,8 +422,11 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.ResumeTrainingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.ResumeTrainingResponse, _abc.Awaitable[_service_pb2.ResumeTrainingResponse]]:
-        """Goes on with a training from a checkpoint.
-        Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
+        """Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
+        A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
+        on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+        Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+        (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
         """
 
     @_abc_1.abstractmethod
@@ -400,8 +445,11 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.ExportModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_service_pb2.ExportModelResponse], _abc.AsyncIterator[_service_pb2.ExportModelResponse]]:
-        """Writes a model in another form: progress, then the Artifact as the last message.
-        Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND), RESOURCE_EXHAUSTED (DISK_FULL).
+        """Writes a model in another form: progress, then the Artifact as the last message. Refused while a training runs on
+        the model. A half-written export is never seen under its final name.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
+        MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
+        INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
         """
 
     @_abc_1.abstractmethod
@@ -410,6 +458,9 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.DownloadArtifactRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_service_pb2.DownloadArtifactResponse], _abc.AsyncIterator[_service_pb2.DownloadArtifactResponse]]:
-        """Streams the files of an artifact or a checkpoint. Errors: NOT_FOUND."""
+        """Streams the files of an artifact or a checkpoint, in the order of their names.
+        Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
+        (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
+        """
 
 def add_UnslothServiceServicer_to_server(servicer: UnslothServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 @_typing.final
 class TrainingEvent(_message.Message):
     """One entry of a training's event log. The log is complete: whoever reads it from sequence 1 knows everything that
-    happened.
+    happened. A terminal event (succeeded, failed, cancelled) is its last entry, unless ResumeTraining brings a failed or
+    cancelled training back: then the log goes on after it. So read a stream to its end, not to a terminal event.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -87,15 +88,15 @@ class TrainingEvent(_message.Message):
 
     @_builtins.property
     def succeeded(self) -> Global___TrainingSucceeded:
-        """Last entry: all steps done."""
+        """Terminal: all steps done."""
 
     @_builtins.property
     def failed(self) -> Global___TrainingFailed:
-        """Last entry: it failed."""
+        """Terminal: it failed."""
 
     @_builtins.property
     def cancelled(self) -> Global___TrainingCancelled:
-        """Last entry: it was stopped on request."""
+        """Terminal: it was stopped on request."""
 
     def __init__(
         self,
@@ -340,7 +341,7 @@ class TrainingWarning(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """Stable name, e.g. "OPTIMIZER_REPLACED", "ROWS_TRUNCATED", "CONFIG_DIFFERS"."""
+    """Stable name, e.g. "OPTIMIZER_REPLACED", "ROWS_TRUNCATED", "CONFIG_DIFFERS"; docs/training.md has them all."""
     message: _builtins.str
     """One or two sentences with figures and what to do."""
     def __init__(

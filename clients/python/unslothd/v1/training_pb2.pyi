@@ -285,14 +285,16 @@ class Training(_message.Message):
         STATE_CANCELLING: Training._State.ValueType  # 6
         """Asked to cancel; stops at the next step boundary."""
         STATE_CANCELLED: Training._State.ValueType  # 7
-        """Final: stopped on request."""
+        """Over: stopped on request."""
         STATE_SUCCEEDED: Training._State.ValueType  # 8
         """Final: all steps done and the adapter saved."""
         STATE_FAILED: Training._State.ValueType  # 9
-        """Final: `error` says why."""
+        """Over: `error` says why."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """QUEUED -> RUNNING -> SUCCEEDED | FAILED | CANCELLED; RUNNING <-> RECOVERING; RUNNING -> PAUSING -> PAUSED -> QUEUED."""
+        """QUEUED -> RUNNING -> SUCCEEDED | FAILED | CANCELLED; RUNNING <-> RECOVERING; RUNNING -> PAUSING -> PAUSED -> QUEUED.
+        ResumeTraining also brings FAILED and CANCELLED back to QUEUED.
+        """
 
     STATE_UNSPECIFIED: Training.State.ValueType  # 0
     """Not used."""
@@ -309,11 +311,11 @@ class Training(_message.Message):
     STATE_CANCELLING: Training.State.ValueType  # 6
     """Asked to cancel; stops at the next step boundary."""
     STATE_CANCELLED: Training.State.ValueType  # 7
-    """Final: stopped on request."""
+    """Over: stopped on request."""
     STATE_SUCCEEDED: Training.State.ValueType  # 8
     """Final: all steps done and the adapter saved."""
     STATE_FAILED: Training.State.ValueType  # 9
-    """Final: `error` says why."""
+    """Over: `error` says why."""
 
     @_typing.final
     class LabelsEntry(_message.Message):
@@ -354,6 +356,8 @@ class Training(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    BEST_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     training_id: _builtins.str
     """Server-chosen, unique, sorts by time: "training-" date "-" time "-" 6 random characters."""
     model_id: _builtins.str
@@ -372,6 +376,8 @@ class Training(_message.Message):
     """Absolute folder of the final adapter on the server, ends in "/final"; the TensorBoard logs are in "../runs" of it."""
     request_id: _builtins.str
     """As given to Train; empty when none was."""
+    queue_position: _builtins.int
+    """Trainings before this one on the model; 0 = next. Meaningful in STATE_QUEUED."""
     @_builtins.property
     def config(self) -> Global___TrainingConfig:
         """Merged and completed by the defaults; from the start on as the trainer really has it."""
@@ -412,6 +418,10 @@ class Training(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """As given to Train."""
 
+    @_builtins.property
+    def best_checkpoint(self) -> Global___Checkpoint:
+        """The checkpoint with the lowest eval loss of those on disk; unset when none has one. save_total_limit spares it."""
+
     def __init__(
         self,
         *,
@@ -434,10 +444,12 @@ class Training(_message.Message):
         checkpoints: _abc.Iterable[Global___Checkpoint] | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         request_id: _builtins.str = ...,
+        best_checkpoint: Global___Checkpoint | None = ...,
+        queue_position: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "eval_dataset", b"eval_dataset", "metrics", b"metrics", "start_time", b"start_time", "train_dataset", b"train_dataset"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["best_checkpoint", b"best_checkpoint", "config", b"config", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "eval_dataset", b"eval_dataset", "metrics", b"metrics", "start_time", b"start_time", "train_dataset", b"train_dataset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "config", b"config", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "eval_dataset", b"eval_dataset", "labels", b"labels", "last_sequence", b"last_sequence", "metrics", b"metrics", "model_id", b"model_id", "model_name", b"model_name", "output_dir", b"output_dir", "request_id", b"request_id", "start_time", b"start_time", "state", b"state", "step", b"step", "total_steps", b"total_steps", "train_dataset", b"train_dataset", "training_id", b"training_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_checkpoint", b"best_checkpoint", "checkpoints", b"checkpoints", "config", b"config", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "eval_dataset", b"eval_dataset", "labels", b"labels", "last_sequence", b"last_sequence", "metrics", b"metrics", "model_id", b"model_id", "model_name", b"model_name", "output_dir", b"output_dir", "queue_position", b"queue_position", "request_id", b"request_id", "start_time", b"start_time", "state", b"state", "step", b"step", "total_steps", b"total_steps", "train_dataset", b"train_dataset", "training_id", b"training_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -559,6 +571,9 @@ class TrainingPlan(_message.Message):
     DROPPED_ROWS_FIELD_NUMBER: _builtins.int
     LOSS_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_EVAL_ROWS_FIELD_NUMBER: _builtins.int
+    MEAN_ROW_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
     num_rows: _builtins.int
     """Rows that are trained on, after dropped ones."""
     num_tokens: _builtins.int
@@ -583,6 +598,12 @@ class TrainingPlan(_message.Message):
     """Tokens that carry loss in one pass over the rows."""
     num_eval_rows: _builtins.int
     """Rows that are evaluated on; 0 without an eval dataset."""
+    mean_row_tokens: _builtins.float
+    """num_tokens / num_rows."""
+    tokens_per_second: _builtins.float
+    """Tokens a second of a step of the longest rows, padding not counted; unset unless measured."""
+    step_seconds: _builtins.float
+    """Seconds of such an optimizer step; unset unless measured."""
     @_builtins.property
     def config(self) -> Global___TrainingConfig:
         """Resolved; in the started event read back from the trainer."""
@@ -618,12 +639,22 @@ class TrainingPlan(_message.Message):
         dropped_rows: _builtins.int = ...,
         loss_tokens: _builtins.int = ...,
         num_eval_rows: _builtins.int = ...,
+        mean_row_tokens: _builtins.float = ...,
+        tokens_per_second: _builtins.float | None = ...,
+        step_seconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "row_format", b"row_format"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "config", b"config", "row_format", b"row_format", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "dropped_rows", b"dropped_rows", "longest_row_tokens", b"longest_row_tokens", "loss_tokens", b"loss_tokens", "memory_estimate_bytes", b"memory_estimate_bytes", "memory_free_bytes", b"memory_free_bytes", "memory_measured", b"memory_measured", "num_eval_rows", b"num_eval_rows", "num_rows", b"num_rows", "num_tokens", b"num_tokens", "preview", b"preview", "row_format", b"row_format", "total_steps", b"total_steps", "trainable_params", b"trainable_params", "truncated_rows", b"truncated_rows", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "config", b"config", "dropped_rows", b"dropped_rows", "longest_row_tokens", b"longest_row_tokens", "loss_tokens", b"loss_tokens", "mean_row_tokens", b"mean_row_tokens", "memory_estimate_bytes", b"memory_estimate_bytes", "memory_free_bytes", b"memory_free_bytes", "memory_measured", b"memory_measured", "num_eval_rows", b"num_eval_rows", "num_rows", b"num_rows", "num_tokens", b"num_tokens", "preview", b"preview", "row_format", b"row_format", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trainable_params", b"trainable_params", "truncated_rows", b"truncated_rows", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__step_seconds: _TypeAlias = _typing.Literal["step_seconds"]  # noqa: Y015
+    _WhichOneofArgType__step_seconds: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__tokens_per_second: _TypeAlias = _typing.Literal["tokens_per_second"]  # noqa: Y015
+    _WhichOneofArgType__tokens_per_second: _TypeAlias = _typing.Literal["_tokens_per_second", b"_tokens_per_second"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_seconds) -> _WhichOneofReturnType__step_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_second) -> _WhichOneofReturnType__tokens_per_second | None: ...
 
 Global___TrainingPlan: _TypeAlias = TrainingPlan  # noqa: Y015
 

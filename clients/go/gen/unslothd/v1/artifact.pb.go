@@ -211,7 +211,9 @@ type Artifact struct {
 	// Absolute folder on the server.
 	Path string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
 	// Its files.
-	Files         []*ArtifactFile `protobuf:"bytes,3,rep,name=files,proto3" json:"files,omitempty"`
+	Files []*ArtifactFile `protobuf:"bytes,3,rep,name=files,proto3" json:"files,omitempty"`
+	// Form of the files.
+	Format        ExportFormat `protobuf:"varint,4,opt,name=format,proto3,enum=unslothd.v1.ExportFormat" json:"format,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -265,6 +267,13 @@ func (x *Artifact) GetFiles() []*ArtifactFile {
 		return x.Files
 	}
 	return nil
+}
+
+func (x *Artifact) GetFormat() ExportFormat {
+	if x != nil {
+		return x.Format
+	}
+	return ExportFormat_EXPORT_FORMAT_UNSPECIFIED
 }
 
 // One file.
@@ -343,12 +352,13 @@ const file_unslothd_v1_artifact_proto_rawDesc = "" +
 	"\x0eExportProgress\x12\x14\n" +
 	"\x05phase\x18\x01 \x01(\tR\x05phase\x12\x12\n" +
 	"\x04done\x18\x02 \x01(\x03R\x04done\x12\x14\n" +
-	"\x05total\x18\x03 \x01(\x03R\x05total\"p\n" +
+	"\x05total\x18\x03 \x01(\x03R\x05total\"\xa3\x01\n" +
 	"\bArtifact\x12\x1f\n" +
 	"\vartifact_id\x18\x01 \x01(\tR\n" +
 	"artifactId\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12/\n" +
-	"\x05files\x18\x03 \x03(\v2\x19.unslothd.v1.ArtifactFileR\x05files\"W\n" +
+	"\x05files\x18\x03 \x03(\v2\x19.unslothd.v1.ArtifactFileR\x05files\x121\n" +
+	"\x06format\x18\x04 \x01(\x0e2\x19.unslothd.v1.ExportFormatR\x06format\"W\n" +
 	"\fArtifactFile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tnum_bytes\x18\x02 \x01(\x03R\bnumBytes\x12\x16\n" +
@@ -384,11 +394,12 @@ var file_unslothd_v1_artifact_proto_goTypes = []any{
 }
 var file_unslothd_v1_artifact_proto_depIdxs = []int32{
 	4, // 0: unslothd.v1.Artifact.files:type_name -> unslothd.v1.ArtifactFile
-	1, // [1:1] is the sub-list for method output_type
-	1, // [1:1] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	0, // 1: unslothd.v1.Artifact.format:type_name -> unslothd.v1.ExportFormat
+	2, // [2:2] is the sub-list for method output_type
+	2, // [2:2] is the sub-list for method input_type
+	2, // [2:2] is the sub-list for extension type_name
+	2, // [2:2] is the sub-list for extension extendee
+	0, // [0:2] is the sub-list for field type_name
 }
 
 func init() { file_unslothd_v1_artifact_proto_init() }

@@ -37,8 +37,11 @@ const (
 	ErrorReason_ERROR_REASON_DATASET_EMPTY ErrorReason = 2
 	// INVALID_ARGUMENT. The layout needs columns that the rows do not have, or no layout fits the columns.
 	ErrorReason_ERROR_REASON_DATASET_COLUMNS ErrorReason = 3
-	// INVALID_ARGUMENT. A row could not be parsed or rendered; the text names the row, counted from 1, and the cause.
+	// INVALID_ARGUMENT. Rows could not be parsed or rendered; the text names the first, counted from 1, and its cause.
+	// An upload names up to 20 of them as BadRequest fields "rows[N]".
 	ErrorReason_ERROR_REASON_DATASET_ROW ErrorReason = 4
+	// INVALID_ARGUMENT. The bytes are not what the header says: another sha256, or another or a damaged format.
+	ErrorReason_ERROR_REASON_DATASET_DAMAGED ErrorReason = 5
 	// NOT_FOUND. No model of that id is loaded.
 	ErrorReason_ERROR_REASON_MODEL_NOT_FOUND ErrorReason = 10
 	// NOT_FOUND. The folder, file or Hub repository named by model_name holds no model that can be loaded.
@@ -47,6 +50,10 @@ const (
 	ErrorReason_ERROR_REASON_TRAINING_NOT_FOUND ErrorReason = 12
 	// NOT_FOUND. The dataset, file, folder or Hub dataset does not exist.
 	ErrorReason_ERROR_REASON_DATASET_NOT_FOUND ErrorReason = 13
+	// NOT_FOUND. The training has no such checkpoint, or none at all, or its files are gone.
+	ErrorReason_ERROR_REASON_CHECKPOINT_NOT_FOUND ErrorReason = 14
+	// NOT_FOUND. No such artifact, or no such file in it.
+	ErrorReason_ERROR_REASON_ARTIFACT_NOT_FOUND ErrorReason = 15
 	// FAILED_PRECONDITION. The model has no trainable parameters yet; call PrepareForTraining first.
 	ErrorReason_ERROR_REASON_MODEL_NOT_PREPARED ErrorReason = 20
 	// FAILED_PRECONDITION. The model is loading, unloading or failed.
@@ -61,10 +68,18 @@ const (
 	ErrorReason_ERROR_REASON_REMOTE_CODE_REFUSED ErrorReason = 25
 	// FAILED_PRECONDITION. The training is in a state that does not allow the call.
 	ErrorReason_ERROR_REASON_TRAINING_STATE ErrorReason = 26
+	// FAILED_PRECONDITION. A training that is not over uses the dataset.
+	ErrorReason_ERROR_REASON_DATASET_IN_USE ErrorReason = 27
+	// FAILED_PRECONDITION. Every checkpoint that could be gone on from is damaged.
+	ErrorReason_ERROR_REASON_CHECKPOINT_DAMAGED ErrorReason = 28
+	// FAILED_PRECONDITION. This server cannot write that form: ServerLimits.export_formats has those that it can.
+	ErrorReason_ERROR_REASON_EXPORT_UNSUPPORTED ErrorReason = 29
 	// ALREADY_EXISTS. request_id was used before for other content.
 	ErrorReason_ERROR_REASON_REQUEST_ID_REUSED ErrorReason = 30
-	// ALREADY_EXISTS. output_dir holds the results of another training.
+	// ALREADY_EXISTS. output_dir holds the results of another training or export.
 	ErrorReason_ERROR_REASON_OUTPUT_DIR_TAKEN ErrorReason = 31
+	// ALREADY_EXISTS. Another model is loaded under the id of the training's model; unload it first.
+	ErrorReason_ERROR_REASON_MODEL_ID_TAKEN ErrorReason = 32
 	// PERMISSION_DENIED. A path lies outside the roots that the operator allows.
 	ErrorReason_ERROR_REASON_PATH_NOT_ALLOWED ErrorReason = 40
 	// PERMISSION_DENIED. The Hub asks for a token with access to this repository.
@@ -81,8 +96,12 @@ const (
 	ErrorReason_ERROR_REASON_OUT_OF_MEMORY ErrorReason = 54
 	// RESOURCE_EXHAUSTED. The disk that holds the server's home or the output root is full.
 	ErrorReason_ERROR_REASON_DISK_FULL ErrorReason = 55
+	// RESOURCE_EXHAUSTED. The dataset is larger than ServerLimits.max_dataset_bytes; metadata: max_bytes.
+	ErrorReason_ERROR_REASON_DATASET_TOO_LARGE ErrorReason = 56
 	// OUT_OF_RANGE. after_sequence is beyond the last entry of the log; metadata: last_sequence.
 	ErrorReason_ERROR_REASON_SEQUENCE_OUT_OF_RANGE ErrorReason = 60
+	// OUT_OF_RANGE. offset is beyond the end of the file; metadata: num_bytes.
+	ErrorReason_ERROR_REASON_OFFSET_OUT_OF_RANGE ErrorReason = 61
 	// UNAVAILABLE. The Hub cannot be reached from the server.
 	ErrorReason_ERROR_REASON_HUB_UNREACHABLE ErrorReason = 70
 	// UNAVAILABLE. The server is stopping; the same call succeeds once it is back.
@@ -107,10 +126,13 @@ var (
 		2:  "ERROR_REASON_DATASET_EMPTY",
 		3:  "ERROR_REASON_DATASET_COLUMNS",
 		4:  "ERROR_REASON_DATASET_ROW",
+		5:  "ERROR_REASON_DATASET_DAMAGED",
 		10: "ERROR_REASON_MODEL_NOT_FOUND",
 		11: "ERROR_REASON_MODEL_SOURCE_NOT_FOUND",
 		12: "ERROR_REASON_TRAINING_NOT_FOUND",
 		13: "ERROR_REASON_DATASET_NOT_FOUND",
+		14: "ERROR_REASON_CHECKPOINT_NOT_FOUND",
+		15: "ERROR_REASON_ARTIFACT_NOT_FOUND",
 		20: "ERROR_REASON_MODEL_NOT_PREPARED",
 		21: "ERROR_REASON_MODEL_NOT_READY",
 		22: "ERROR_REASON_MODEL_BUSY",
@@ -118,8 +140,12 @@ var (
 		24: "ERROR_REASON_UNSAFE_WEIGHTS",
 		25: "ERROR_REASON_REMOTE_CODE_REFUSED",
 		26: "ERROR_REASON_TRAINING_STATE",
+		27: "ERROR_REASON_DATASET_IN_USE",
+		28: "ERROR_REASON_CHECKPOINT_DAMAGED",
+		29: "ERROR_REASON_EXPORT_UNSUPPORTED",
 		30: "ERROR_REASON_REQUEST_ID_REUSED",
 		31: "ERROR_REASON_OUTPUT_DIR_TAKEN",
+		32: "ERROR_REASON_MODEL_ID_TAKEN",
 		40: "ERROR_REASON_PATH_NOT_ALLOWED",
 		41: "ERROR_REASON_HUB_ACCESS_DENIED",
 		50: "ERROR_REASON_INSUFFICIENT_MEMORY",
@@ -128,7 +154,9 @@ var (
 		53: "ERROR_REASON_QUEUE_FULL",
 		54: "ERROR_REASON_OUT_OF_MEMORY",
 		55: "ERROR_REASON_DISK_FULL",
+		56: "ERROR_REASON_DATASET_TOO_LARGE",
 		60: "ERROR_REASON_SEQUENCE_OUT_OF_RANGE",
+		61: "ERROR_REASON_OFFSET_OUT_OF_RANGE",
 		70: "ERROR_REASON_HUB_UNREACHABLE",
 		71: "ERROR_REASON_SERVER_STOPPING",
 		80: "ERROR_REASON_WORKER_DIED",
@@ -143,10 +171,13 @@ var (
 		"ERROR_REASON_DATASET_EMPTY":          2,
 		"ERROR_REASON_DATASET_COLUMNS":        3,
 		"ERROR_REASON_DATASET_ROW":            4,
+		"ERROR_REASON_DATASET_DAMAGED":        5,
 		"ERROR_REASON_MODEL_NOT_FOUND":        10,
 		"ERROR_REASON_MODEL_SOURCE_NOT_FOUND": 11,
 		"ERROR_REASON_TRAINING_NOT_FOUND":     12,
 		"ERROR_REASON_DATASET_NOT_FOUND":      13,
+		"ERROR_REASON_CHECKPOINT_NOT_FOUND":   14,
+		"ERROR_REASON_ARTIFACT_NOT_FOUND":     15,
 		"ERROR_REASON_MODEL_NOT_PREPARED":     20,
 		"ERROR_REASON_MODEL_NOT_READY":        21,
 		"ERROR_REASON_MODEL_BUSY":             22,
@@ -154,8 +185,12 @@ var (
 		"ERROR_REASON_UNSAFE_WEIGHTS":         24,
 		"ERROR_REASON_REMOTE_CODE_REFUSED":    25,
 		"ERROR_REASON_TRAINING_STATE":         26,
+		"ERROR_REASON_DATASET_IN_USE":         27,
+		"ERROR_REASON_CHECKPOINT_DAMAGED":     28,
+		"ERROR_REASON_EXPORT_UNSUPPORTED":     29,
 		"ERROR_REASON_REQUEST_ID_REUSED":      30,
 		"ERROR_REASON_OUTPUT_DIR_TAKEN":       31,
+		"ERROR_REASON_MODEL_ID_TAKEN":         32,
 		"ERROR_REASON_PATH_NOT_ALLOWED":       40,
 		"ERROR_REASON_HUB_ACCESS_DENIED":      41,
 		"ERROR_REASON_INSUFFICIENT_MEMORY":    50,
@@ -164,7 +199,9 @@ var (
 		"ERROR_REASON_QUEUE_FULL":             53,
 		"ERROR_REASON_OUT_OF_MEMORY":          54,
 		"ERROR_REASON_DISK_FULL":              55,
+		"ERROR_REASON_DATASET_TOO_LARGE":      56,
 		"ERROR_REASON_SEQUENCE_OUT_OF_RANGE":  60,
+		"ERROR_REASON_OFFSET_OUT_OF_RANGE":    61,
 		"ERROR_REASON_HUB_UNREACHABLE":        70,
 		"ERROR_REASON_SERVER_STOPPING":        71,
 		"ERROR_REASON_WORKER_DIED":            80,
@@ -206,27 +243,34 @@ var File_unslothd_v1_error_reason_proto protoreflect.FileDescriptor
 
 const file_unslothd_v1_error_reason_proto_rawDesc = "" +
 	"\n" +
-	"\x1eunslothd/v1/error_reason.proto\x12\vunslothd.v1*\x93\t\n" +
+	"\x1eunslothd/v1/error_reason.proto\x12\vunslothd.v1*\xd7\v\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1e\n" +
 	"\x1aERROR_REASON_DATASET_EMPTY\x10\x02\x12 \n" +
 	"\x1cERROR_REASON_DATASET_COLUMNS\x10\x03\x12\x1c\n" +
 	"\x18ERROR_REASON_DATASET_ROW\x10\x04\x12 \n" +
+	"\x1cERROR_REASON_DATASET_DAMAGED\x10\x05\x12 \n" +
 	"\x1cERROR_REASON_MODEL_NOT_FOUND\x10\n" +
 	"\x12'\n" +
 	"#ERROR_REASON_MODEL_SOURCE_NOT_FOUND\x10\v\x12#\n" +
 	"\x1fERROR_REASON_TRAINING_NOT_FOUND\x10\f\x12\"\n" +
-	"\x1eERROR_REASON_DATASET_NOT_FOUND\x10\r\x12#\n" +
+	"\x1eERROR_REASON_DATASET_NOT_FOUND\x10\r\x12%\n" +
+	"!ERROR_REASON_CHECKPOINT_NOT_FOUND\x10\x0e\x12#\n" +
+	"\x1fERROR_REASON_ARTIFACT_NOT_FOUND\x10\x0f\x12#\n" +
 	"\x1fERROR_REASON_MODEL_NOT_PREPARED\x10\x14\x12 \n" +
 	"\x1cERROR_REASON_MODEL_NOT_READY\x10\x15\x12\x1b\n" +
 	"\x17ERROR_REASON_MODEL_BUSY\x10\x16\x12!\n" +
 	"\x1dERROR_REASON_ALREADY_PREPARED\x10\x17\x12\x1f\n" +
 	"\x1bERROR_REASON_UNSAFE_WEIGHTS\x10\x18\x12$\n" +
 	" ERROR_REASON_REMOTE_CODE_REFUSED\x10\x19\x12\x1f\n" +
-	"\x1bERROR_REASON_TRAINING_STATE\x10\x1a\x12\"\n" +
+	"\x1bERROR_REASON_TRAINING_STATE\x10\x1a\x12\x1f\n" +
+	"\x1bERROR_REASON_DATASET_IN_USE\x10\x1b\x12#\n" +
+	"\x1fERROR_REASON_CHECKPOINT_DAMAGED\x10\x1c\x12#\n" +
+	"\x1fERROR_REASON_EXPORT_UNSUPPORTED\x10\x1d\x12\"\n" +
 	"\x1eERROR_REASON_REQUEST_ID_REUSED\x10\x1e\x12!\n" +
-	"\x1dERROR_REASON_OUTPUT_DIR_TAKEN\x10\x1f\x12!\n" +
+	"\x1dERROR_REASON_OUTPUT_DIR_TAKEN\x10\x1f\x12\x1f\n" +
+	"\x1bERROR_REASON_MODEL_ID_TAKEN\x10 \x12!\n" +
 	"\x1dERROR_REASON_PATH_NOT_ALLOWED\x10(\x12\"\n" +
 	"\x1eERROR_REASON_HUB_ACCESS_DENIED\x10)\x12$\n" +
 	" ERROR_REASON_INSUFFICIENT_MEMORY\x102\x12\"\n" +
@@ -234,8 +278,10 @@ const file_unslothd_v1_error_reason_proto_rawDesc = "" +
 	"\x1cERROR_REASON_TOO_MANY_MODELS\x104\x12\x1b\n" +
 	"\x17ERROR_REASON_QUEUE_FULL\x105\x12\x1e\n" +
 	"\x1aERROR_REASON_OUT_OF_MEMORY\x106\x12\x1a\n" +
-	"\x16ERROR_REASON_DISK_FULL\x107\x12&\n" +
-	"\"ERROR_REASON_SEQUENCE_OUT_OF_RANGE\x10<\x12 \n" +
+	"\x16ERROR_REASON_DISK_FULL\x107\x12\"\n" +
+	"\x1eERROR_REASON_DATASET_TOO_LARGE\x108\x12&\n" +
+	"\"ERROR_REASON_SEQUENCE_OUT_OF_RANGE\x10<\x12$\n" +
+	" ERROR_REASON_OFFSET_OUT_OF_RANGE\x10=\x12 \n" +
 	"\x1cERROR_REASON_HUB_UNREACHABLE\x10F\x12 \n" +
 	"\x1cERROR_REASON_SERVER_STOPPING\x10G\x12\x1c\n" +
 	"\x18ERROR_REASON_WORKER_DIED\x10P\x12#\n" +

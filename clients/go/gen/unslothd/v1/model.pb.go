@@ -24,7 +24,8 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// Where a model is in its life. READY -> PREPARED -> TRAINING -> PREPARED is legal; FAILED is final.
+// Where a model is in its life. READY -> PREPARED -> TRAINING -> PREPARED is legal, and so is TRAINING -> SUSPENDED
+// -> LOADING -> PREPARED. FAILED is final.
 type Model_State int32
 
 const (
@@ -42,6 +43,8 @@ const (
 	Model_STATE_UNLOADING Model_State = 5
 	// Its worker died or loading failed; calls on it fail with the cause. UnloadModel removes it.
 	Model_STATE_FAILED Model_State = 6
+	// Its training is paused: the worker is gone and the device is free. It comes back when the training goes on.
+	Model_STATE_SUSPENDED Model_State = 7
 )
 
 // Enum value maps for Model_State.
@@ -54,6 +57,7 @@ var (
 		4: "STATE_TRAINING",
 		5: "STATE_UNLOADING",
 		6: "STATE_FAILED",
+		7: "STATE_SUSPENDED",
 	}
 	Model_State_value = map[string]int32{
 		"STATE_UNSPECIFIED": 0,
@@ -63,6 +67,7 @@ var (
 		"STATE_TRAINING":    4,
 		"STATE_UNLOADING":   5,
 		"STATE_FAILED":      6,
+		"STATE_SUSPENDED":   7,
 	}
 )
 
@@ -510,7 +515,7 @@ var File_unslothd_v1_model_proto protoreflect.FileDescriptor
 
 const file_unslothd_v1_model_proto_rawDesc = "" +
 	"\n" +
-	"\x17unslothd/v1/model.proto\x12\vunslothd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe4\x05\n" +
+	"\x17unslothd/v1/model.proto\x12\vunslothd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf9\x05\n" +
 	"\x05Model\x12\x19\n" +
 	"\bmodel_id\x18\x01 \x01(\tR\amodelId\x12\x1d\n" +
 	"\n" +
@@ -531,7 +536,7 @@ const file_unslothd_v1_model_proto_rawDesc = "" +
 	"\x12active_training_id\x18\r \x01(\tR\x10activeTrainingId\x12\x1a\n" +
 	"\bwarnings\x18\x0e \x03(\tR\bwarnings\x12+\n" +
 	"\x04lora\x18\x0f \x01(\v2\x17.unslothd.v1.LoraConfigR\x04lora\x12'\n" +
-	"\x0ffull_finetuning\x18\x10 \x01(\bR\x0efullFinetuning\"\x91\x01\n" +
+	"\x0ffull_finetuning\x18\x10 \x01(\bR\x0efullFinetuning\"\xa6\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_LOADING\x10\x01\x12\x0f\n" +
@@ -539,7 +544,8 @@ const file_unslothd_v1_model_proto_rawDesc = "" +
 	"\x0eSTATE_PREPARED\x10\x03\x12\x12\n" +
 	"\x0eSTATE_TRAINING\x10\x04\x12\x13\n" +
 	"\x0fSTATE_UNLOADING\x10\x05\x12\x10\n" +
-	"\fSTATE_FAILED\x10\x06\"\xf7\x01\n" +
+	"\fSTATE_FAILED\x10\x06\x12\x13\n" +
+	"\x0fSTATE_SUSPENDED\x10\a\"\xf7\x01\n" +
 	"\fLoadProgress\x125\n" +
 	"\x05phase\x18\x01 \x01(\x0e2\x1f.unslothd.v1.LoadProgress.PhaseR\x05phase\x12\x12\n" +
 	"\x04done\x18\x02 \x01(\x03R\x04done\x12\x14\n" +

@@ -2449,7 +2449,8 @@ type ExportModelRequest struct {
 	Format ExportFormat `protobuf:"varint,3,opt,name=format,proto3,enum=unslothd.v1.ExportFormat" json:"format,omitempty"`
 	// Only with GGUF: "q4_k_m", "q8_0", "f16" and so on; empty = "q8_0".
 	GgufQuantization string `protobuf:"bytes,4,opt,name=gguf_quantization,json=ggufQuantization,proto3" json:"gguf_quantization,omitempty"`
-	// Folder, relative to the output root; empty = beside the training's results.
+	// Folder, relative to the output root, as TrainingConfig.output_dir; empty = a free name beside the training's
+	// results, or below "exports" for a model that no training of this server made.
 	OutputDir     string `protobuf:"bytes,5,opt,name=output_dir,json=outputDir,proto3" json:"output_dir,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -75,19 +75,24 @@ type UnslothServiceClient interface {
 	// Ends the worker of a model and waits until its memory is given back.
 	// Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_BUSY, unless force).
 	UnloadModel(ctx context.Context, in *UnloadModelRequest, opts ...grpc.CallOption) (*UnloadModelResponse, error)
-	// Stores rows on the server: a header, then chunks.
-	// Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY), RESOURCE_EXHAUSTED (DISK_FULL).
+	// Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
+	// the same bytes again is free once they are stored.
+	// Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
+	// DISK_FULL).
 	UploadDataset(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[UploadDatasetRequest, UploadDatasetResponse], error)
 	// One stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND).
 	GetDataset(ctx context.Context, in *GetDatasetRequest, opts ...grpc.CallOption) (*GetDatasetResponse, error)
 	// Stored datasets, newest first.
 	ListDatasets(ctx context.Context, in *ListDatasetsRequest, opts ...grpc.CallOption) (*ListDatasetsResponse, error)
-	// Removes a stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION while a training uses it.
+	// Removes a stored dataset.
+	// Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
 	DeleteDataset(ctx context.Context, in *DeleteDatasetRequest, opts ...grpc.CallOption) (*DeleteDatasetResponse, error)
-	// Works out what Train would do, without doing it. Errors: as Train.
+	// Works out what Train would do, without doing it. Errors: as Train, and FAILED_PRECONDITION (MODEL_BUSY) while a
+	// training runs on the model.
 	PlanTraining(ctx context.Context, in *PlanTrainingRequest, opts ...grpc.CallOption) (*PlanTrainingResponse, error)
 	// Trains, and streams every event of the training from sequence 1 on. The stream ends OK after the succeeded event,
-	// with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one.
+	// with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one. While the
+	// training is paused the stream stays open.
 	// Errors before the first event: NOT_FOUND (MODEL_NOT_FOUND, DATASET_NOT_FOUND), PERMISSION_DENIED
 	// (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
 	// OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
@@ -105,19 +110,28 @@ type UnslothServiceClient interface {
 	// returned as it is. The answer comes at once, in STATE_CANCELLING or CANCELLED.
 	// Errors: NOT_FOUND (TRAINING_NOT_FOUND).
 	CancelTraining(ctx context.Context, in *CancelTrainingRequest, opts ...grpc.CallOption) (*CancelTrainingResponse, error)
-	// Asks a training to save at the next step boundary and to free its device.
+	// Asks a training to save at the next step boundary and to free its device: its worker ends, the model is SUSPENDED.
+	// Trainings that wait behind it wait on. The answer comes at once, in STATE_PAUSING or PAUSED. Idempotent.
 	// Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
 	PauseTraining(ctx context.Context, in *PauseTrainingRequest, opts ...grpc.CallOption) (*PauseTrainingResponse, error)
-	// Goes on with a training from a checkpoint.
-	// Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
+	// Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
+	// A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
+	// on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+	// Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+	// (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
 	ResumeTraining(ctx context.Context, in *ResumeTrainingRequest, opts ...grpc.CallOption) (*ResumeTrainingResponse, error)
 	// Streams text from a loaded model, then a summary. Refused while a training runs on the model.
 	// Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY, MODEL_BUSY), ABORTED (WORKER_DIED).
 	Generate(ctx context.Context, in *GenerateRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GenerateResponse], error)
-	// Writes a model in another form: progress, then the Artifact as the last message.
-	// Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND), RESOURCE_EXHAUSTED (DISK_FULL).
+	// Writes a model in another form: progress, then the Artifact as the last message. Refused while a training runs on
+	// the model. A half-written export is never seen under its final name.
+	// Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
+	// MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
+	// INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
 	ExportModel(ctx context.Context, in *ExportModelRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportModelResponse], error)
-	// Streams the files of an artifact or a checkpoint. Errors: NOT_FOUND.
+	// Streams the files of an artifact or a checkpoint, in the order of their names.
+	// Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
+	// (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
 	DownloadArtifact(ctx context.Context, in *DownloadArtifactRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadArtifactResponse], error)
 }
 
@@ -427,19 +441,24 @@ type UnslothServiceServer interface {
 	// Ends the worker of a model and waits until its memory is given back.
 	// Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_BUSY, unless force).
 	UnloadModel(context.Context, *UnloadModelRequest) (*UnloadModelResponse, error)
-	// Stores rows on the server: a header, then chunks.
-	// Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY), RESOURCE_EXHAUSTED (DISK_FULL).
+	// Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
+	// the same bytes again is free once they are stored.
+	// Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
+	// DISK_FULL).
 	UploadDataset(grpc.ClientStreamingServer[UploadDatasetRequest, UploadDatasetResponse]) error
 	// One stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND).
 	GetDataset(context.Context, *GetDatasetRequest) (*GetDatasetResponse, error)
 	// Stored datasets, newest first.
 	ListDatasets(context.Context, *ListDatasetsRequest) (*ListDatasetsResponse, error)
-	// Removes a stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION while a training uses it.
+	// Removes a stored dataset.
+	// Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
 	DeleteDataset(context.Context, *DeleteDatasetRequest) (*DeleteDatasetResponse, error)
-	// Works out what Train would do, without doing it. Errors: as Train.
+	// Works out what Train would do, without doing it. Errors: as Train, and FAILED_PRECONDITION (MODEL_BUSY) while a
+	// training runs on the model.
 	PlanTraining(context.Context, *PlanTrainingRequest) (*PlanTrainingResponse, error)
 	// Trains, and streams every event of the training from sequence 1 on. The stream ends OK after the succeeded event,
-	// with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one.
+	// with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one. While the
+	// training is paused the stream stays open.
 	// Errors before the first event: NOT_FOUND (MODEL_NOT_FOUND, DATASET_NOT_FOUND), PERMISSION_DENIED
 	// (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
 	// OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
@@ -457,19 +476,28 @@ type UnslothServiceServer interface {
 	// returned as it is. The answer comes at once, in STATE_CANCELLING or CANCELLED.
 	// Errors: NOT_FOUND (TRAINING_NOT_FOUND).
 	CancelTraining(context.Context, *CancelTrainingRequest) (*CancelTrainingResponse, error)
-	// Asks a training to save at the next step boundary and to free its device.
+	// Asks a training to save at the next step boundary and to free its device: its worker ends, the model is SUSPENDED.
+	// Trainings that wait behind it wait on. The answer comes at once, in STATE_PAUSING or PAUSED. Idempotent.
 	// Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
 	PauseTraining(context.Context, *PauseTrainingRequest) (*PauseTrainingResponse, error)
-	// Goes on with a training from a checkpoint.
-	// Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
+	// Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
+	// A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
+	// on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+	// Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+	// (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
 	ResumeTraining(context.Context, *ResumeTrainingRequest) (*ResumeTrainingResponse, error)
 	// Streams text from a loaded model, then a summary. Refused while a training runs on the model.
 	// Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY, MODEL_BUSY), ABORTED (WORKER_DIED).
 	Generate(*GenerateRequest, grpc.ServerStreamingServer[GenerateResponse]) error
-	// Writes a model in another form: progress, then the Artifact as the last message.
-	// Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND), RESOURCE_EXHAUSTED (DISK_FULL).
+	// Writes a model in another form: progress, then the Artifact as the last message. Refused while a training runs on
+	// the model. A half-written export is never seen under its final name.
+	// Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
+	// MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
+	// INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
 	ExportModel(*ExportModelRequest, grpc.ServerStreamingServer[ExportModelResponse]) error
-	// Streams the files of an artifact or a checkpoint. Errors: NOT_FOUND.
+	// Streams the files of an artifact or a checkpoint, in the order of their names.
+	// Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
+	// (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
 	DownloadArtifact(*DownloadArtifactRequest, grpc.ServerStreamingServer[DownloadArtifactResponse]) error
 	mustEmbedUnimplementedUnslothServiceServer()
 }

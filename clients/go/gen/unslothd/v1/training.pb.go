@@ -80,6 +80,7 @@ func (MicroBatching) EnumDescriptor() ([]byte, []int) {
 }
 
 // QUEUED -> RUNNING -> SUCCEEDED | FAILED | CANCELLED; RUNNING <-> RECOVERING; RUNNING -> PAUSING -> PAUSED -> QUEUED.
+// ResumeTraining also brings FAILED and CANCELLED back to QUEUED.
 type Training_State int32
 
 const (
@@ -97,11 +98,11 @@ const (
 	Training_STATE_PAUSED Training_State = 5
 	// Asked to cancel; stops at the next step boundary.
 	Training_STATE_CANCELLING Training_State = 6
-	// Final: stopped on request.
+	// Over: stopped on request.
 	Training_STATE_CANCELLED Training_State = 7
 	// Final: all steps done and the adapter saved.
 	Training_STATE_SUCCEEDED Training_State = 8
-	// Final: `error` says why.
+	// Over: `error` says why.
 	Training_STATE_FAILED Training_State = 9
 )
 
@@ -450,7 +451,11 @@ type Training struct {
 	// As given to Train.
 	Labels map[string]string `protobuf:"bytes,18,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// As given to Train; empty when none was.
-	RequestId     string `protobuf:"bytes,19,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,19,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The checkpoint with the lowest eval loss of those on disk; unset when none has one. save_total_limit spares it.
+	BestCheckpoint *Checkpoint `protobuf:"bytes,20,opt,name=best_checkpoint,json=bestCheckpoint,proto3" json:"best_checkpoint,omitempty"`
+	// Trainings before this one on the model; 0 = next. Meaningful in STATE_QUEUED.
+	QueuePosition int32 `protobuf:"varint,21,opt,name=queue_position,json=queuePosition,proto3" json:"queue_position,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -616,6 +621,20 @@ func (x *Training) GetRequestId() string {
 		return x.RequestId
 	}
 	return ""
+}
+
+func (x *Training) GetBestCheckpoint() *Checkpoint {
+	if x != nil {
+		return x.BestCheckpoint
+	}
+	return nil
+}
+
+func (x *Training) GetQueuePosition() int32 {
+	if x != nil {
+		return x.QueuePosition
+	}
+	return 0
 }
 
 // Final figures; names as Transformers reports them.
@@ -843,7 +862,13 @@ type TrainingPlan struct {
 	// Tokens that carry loss in one pass over the rows.
 	LossTokens int64 `protobuf:"varint,15,opt,name=loss_tokens,json=lossTokens,proto3" json:"loss_tokens,omitempty"`
 	// Rows that are evaluated on; 0 without an eval dataset.
-	NumEvalRows   int64 `protobuf:"varint,16,opt,name=num_eval_rows,json=numEvalRows,proto3" json:"num_eval_rows,omitempty"`
+	NumEvalRows int64 `protobuf:"varint,16,opt,name=num_eval_rows,json=numEvalRows,proto3" json:"num_eval_rows,omitempty"`
+	// num_tokens / num_rows.
+	MeanRowTokens float64 `protobuf:"fixed64,17,opt,name=mean_row_tokens,json=meanRowTokens,proto3" json:"mean_row_tokens,omitempty"`
+	// Tokens a second of a step of the longest rows, padding not counted; unset unless measured.
+	TokensPerSecond *float64 `protobuf:"fixed64,18,opt,name=tokens_per_second,json=tokensPerSecond,proto3,oneof" json:"tokens_per_second,omitempty"`
+	// Seconds of such an optimizer step; unset unless measured.
+	StepSeconds   *float64 `protobuf:"fixed64,19,opt,name=step_seconds,json=stepSeconds,proto3,oneof" json:"step_seconds,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -990,6 +1015,27 @@ func (x *TrainingPlan) GetNumEvalRows() int64 {
 	return 0
 }
 
+func (x *TrainingPlan) GetMeanRowTokens() float64 {
+	if x != nil {
+		return x.MeanRowTokens
+	}
+	return 0
+}
+
+func (x *TrainingPlan) GetTokensPerSecond() float64 {
+	if x != nil && x.TokensPerSecond != nil {
+		return *x.TokensPerSecond
+	}
+	return 0
+}
+
+func (x *TrainingPlan) GetStepSeconds() float64 {
+	if x != nil && x.StepSeconds != nil {
+		return *x.StepSeconds
+	}
+	return 0
+}
+
 // One row as the model sees it.
 type RenderedRow struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1123,7 +1169,7 @@ const file_unslothd_v1_training_proto_rawDesc = "" +
 	"\x11_save_total_limitB\x1a\n" +
 	"\x18_early_stopping_patienceB\x16\n" +
 	"\x14_neftune_noise_alphaB\x11\n" +
-	"\x0f_micro_batching\"\xfa\b\n" +
+	"\x0f_micro_batching\"\xe3\t\n" +
 	"\bTraining\x12\x1f\n" +
 	"\vtraining_id\x18\x01 \x01(\tR\n" +
 	"trainingId\x12\x19\n" +
@@ -1151,7 +1197,9 @@ const file_unslothd_v1_training_proto_rawDesc = "" +
 	"\vcheckpoints\x18\x11 \x03(\v2\x17.unslothd.v1.CheckpointR\vcheckpoints\x129\n" +
 	"\x06labels\x18\x12 \x03(\v2!.unslothd.v1.Training.LabelsEntryR\x06labels\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x13 \x01(\tR\trequestId\x1a9\n" +
+	"request_id\x18\x13 \x01(\tR\trequestId\x12@\n" +
+	"\x0fbest_checkpoint\x18\x14 \x01(\v2\x17.unslothd.v1.CheckpointR\x0ebestCheckpoint\x12%\n" +
+	"\x0equeue_position\x18\x15 \x01(\x05R\rqueuePosition\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd0\x01\n" +
@@ -1187,7 +1235,7 @@ const file_unslothd_v1_training_proto_rawDesc = "" +
 	"\vcreate_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTimeB\f\n" +
 	"\n" +
-	"_eval_loss\"\x96\x05\n" +
+	"_eval_loss\"\xbe\x06\n" +
 	"\fTrainingPlan\x123\n" +
 	"\x06config\x18\x01 \x01(\v2\x1b.unslothd.v1.TrainingConfigR\x06config\x125\n" +
 	"\n" +
@@ -1209,7 +1257,12 @@ const file_unslothd_v1_training_proto_rawDesc = "" +
 	"\fdropped_rows\x18\x0e \x01(\x03R\vdroppedRows\x12\x1f\n" +
 	"\vloss_tokens\x18\x0f \x01(\x03R\n" +
 	"lossTokens\x12\"\n" +
-	"\rnum_eval_rows\x18\x10 \x01(\x03R\vnumEvalRows\"}\n" +
+	"\rnum_eval_rows\x18\x10 \x01(\x03R\vnumEvalRows\x12&\n" +
+	"\x0fmean_row_tokens\x18\x11 \x01(\x01R\rmeanRowTokens\x12/\n" +
+	"\x11tokens_per_second\x18\x12 \x01(\x01H\x00R\x0ftokensPerSecond\x88\x01\x01\x12&\n" +
+	"\fstep_seconds\x18\x13 \x01(\x01H\x01R\vstepSeconds\x88\x01\x01B\x14\n" +
+	"\x12_tokens_per_secondB\x0f\n" +
+	"\r_step_seconds\"}\n" +
 	"\vRenderedRow\x12\x12\n" +
 	"\x04text\x18\x01 \x01(\tR\x04text\x12\x1d\n" +
 	"\n" +
@@ -1265,15 +1318,16 @@ var file_unslothd_v1_training_proto_depIdxs = []int32{
 	11, // 9: unslothd.v1.Training.error:type_name -> google.rpc.Status
 	5,  // 10: unslothd.v1.Training.checkpoints:type_name -> unslothd.v1.Checkpoint
 	8,  // 11: unslothd.v1.Training.labels:type_name -> unslothd.v1.Training.LabelsEntry
-	10, // 12: unslothd.v1.Checkpoint.create_time:type_name -> google.protobuf.Timestamp
-	2,  // 13: unslothd.v1.TrainingPlan.config:type_name -> unslothd.v1.TrainingConfig
-	12, // 14: unslothd.v1.TrainingPlan.row_format:type_name -> unslothd.v1.RowFormat
-	7,  // 15: unslothd.v1.TrainingPlan.preview:type_name -> unslothd.v1.RenderedRow
-	16, // [16:16] is the sub-list for method output_type
-	16, // [16:16] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	5,  // 12: unslothd.v1.Training.best_checkpoint:type_name -> unslothd.v1.Checkpoint
+	10, // 13: unslothd.v1.Checkpoint.create_time:type_name -> google.protobuf.Timestamp
+	2,  // 14: unslothd.v1.TrainingPlan.config:type_name -> unslothd.v1.TrainingConfig
+	12, // 15: unslothd.v1.TrainingPlan.row_format:type_name -> unslothd.v1.RowFormat
+	7,  // 16: unslothd.v1.TrainingPlan.preview:type_name -> unslothd.v1.RenderedRow
+	17, // [17:17] is the sub-list for method output_type
+	17, // [17:17] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_unslothd_v1_training_proto_init() }
@@ -1285,6 +1339,7 @@ func file_unslothd_v1_training_proto_init() {
 	file_unslothd_v1_training_proto_msgTypes[0].OneofWrappers = []any{}
 	file_unslothd_v1_training_proto_msgTypes[2].OneofWrappers = []any{}
 	file_unslothd_v1_training_proto_msgTypes[3].OneofWrappers = []any{}
+	file_unslothd_v1_training_proto_msgTypes[4].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -26,7 +26,8 @@ const (
 )
 
 // One entry of a training's event log. The log is complete: whoever reads it from sequence 1 knows everything that
-// happened.
+// happened. A terminal event (succeeded, failed, cancelled) is its last entry, unless ResumeTraining brings a failed or
+// cancelled training back: then the log goes on after it. So read a stream to its end, not to a terminal event.
 type TrainingEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1, 2, 3, ... without a gap for the life of the training, across restarts of worker and server. 0 on a heartbeat,
@@ -258,17 +259,17 @@ type TrainingEvent_Heartbeat struct {
 }
 
 type TrainingEvent_Succeeded struct {
-	// Last entry: all steps done.
+	// Terminal: all steps done.
 	Succeeded *TrainingSucceeded `protobuf:"bytes,18,opt,name=succeeded,proto3,oneof"`
 }
 
 type TrainingEvent_Failed struct {
-	// Last entry: it failed.
+	// Terminal: it failed.
 	Failed *TrainingFailed `protobuf:"bytes,19,opt,name=failed,proto3,oneof"`
 }
 
 type TrainingEvent_Cancelled struct {
-	// Last entry: it was stopped on request.
+	// Terminal: it was stopped on request.
 	Cancelled *TrainingCancelled `protobuf:"bytes,20,opt,name=cancelled,proto3,oneof"`
 }
 
@@ -688,7 +689,7 @@ func (x *Evaluation) GetBest() bool {
 // Something the user should know.
 type TrainingWarning struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Stable name, e.g. "OPTIMIZER_REPLACED", "ROWS_TRUNCATED", "CONFIG_DIFFERS".
+	// Stable name, e.g. "OPTIMIZER_REPLACED", "ROWS_TRUNCATED", "CONFIG_DIFFERS"; docs/training.md has them all.
 	Reason string `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
 	// One or two sentences with figures and what to do.
 	Message       string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`

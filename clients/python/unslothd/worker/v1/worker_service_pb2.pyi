@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from unslothd.v1 import artifact_pb2 as _artifact_pb2
 from unslothd.v1 import dataset_pb2 as _dataset_pb2
 from unslothd.v1 import generation_pb2 as _generation_pb2
 from unslothd.v1 import model_pb2 as _model_pb2
@@ -178,10 +179,15 @@ class PrepareForTrainingRequest(_message.Message):
     LORA_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     USE_GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FROM_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of the adapter's first weights."""
     use_gradient_checkpointing: _builtins.bool
     """Recompute activations by default."""
+    weights_from: _builtins.str
+    """Absolute folder of a checkpoint or a result of this model whose weights replace the first ones; empty = none. For
+    a worker that takes the place of another.
+    """
     @_builtins.property
     def lora(self) -> _model_pb2.LoraConfig:
         """Unset fields take the engine's defaults."""
@@ -192,10 +198,11 @@ class PrepareForTrainingRequest(_message.Message):
         lora: _model_pb2.LoraConfig | None = ...,
         seed: _builtins.int = ...,
         use_gradient_checkpointing: _builtins.bool = ...,
+        weights_from: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora", "seed", b"seed", "use_gradient_checkpointing", b"use_gradient_checkpointing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora", "seed", b"seed", "use_gradient_checkpointing", b"use_gradient_checkpointing", "weights_from", b"weights_from"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -240,6 +247,7 @@ class StartTrainingRequest(_message.Message):
     EVAL_DATASET_FIELD_NUMBER: _builtins.int
     OUTPUT_DIR_FIELD_NUMBER: _builtins.int
     RESUME_FROM_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    FALLBACK_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     training_id: _builtins.str
     """Id of the training."""
     training_dir: _builtins.str
@@ -266,6 +274,10 @@ class StartTrainingRequest(_message.Message):
     def eval_dataset(self) -> _dataset_pb2.DatasetSource:
         """Rows to evaluate on; unset = none."""
 
+    @_builtins.property
+    def fallback_checkpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Absolute folders of older checkpoints, newest first: the first whole one is taken when the one above is damaged."""
+
     def __init__(
         self,
         *,
@@ -278,10 +290,11 @@ class StartTrainingRequest(_message.Message):
         eval_dataset: _dataset_pb2.DatasetSource | None = ...,
         output_dir: _builtins.str = ...,
         resume_from_checkpoint: _builtins.str = ...,
+        fallback_checkpoints: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "eval_dataset", b"eval_dataset", "train_dataset", b"train_dataset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "eval_dataset", b"eval_dataset", "next_sequence", b"next_sequence", "output_dir", b"output_dir", "resume_from_checkpoint", b"resume_from_checkpoint", "train_dataset", b"train_dataset", "training_dir", b"training_dir", "training_id", b"training_id", "user_set_fields", b"user_set_fields"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "eval_dataset", b"eval_dataset", "fallback_checkpoints", b"fallback_checkpoints", "next_sequence", b"next_sequence", "output_dir", b"output_dir", "resume_from_checkpoint", b"resume_from_checkpoint", "train_dataset", b"train_dataset", "training_dir", b"training_dir", "training_id", b"training_id", "user_set_fields", b"user_set_fields"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -450,6 +463,163 @@ class GenerateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class PauseTrainingRequest(_message.Message):
+    """Asks to pause."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_ID_FIELD_NUMBER: _builtins.int
+    training_id: _builtins.str
+    """Training that was handed over."""
+    def __init__(
+        self,
+        *,
+        training_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["training_id", b"training_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseTrainingRequest: _TypeAlias = PauseTrainingRequest  # noqa: Y015
+
+@_typing.final
+class PauseTrainingResponse(_message.Message):
+    """It was told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseTrainingResponse: _TypeAlias = PauseTrainingResponse  # noqa: Y015
+
+@_typing.final
+class PlanTrainingRequest(_message.Message):
+    """Asks for a plan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_FIELD_NUMBER: _builtins.int
+    MEASURE_FIELD_NUMBER: _builtins.int
+    PREVIEW_ROWS_FIELD_NUMBER: _builtins.int
+    measure: _builtins.bool
+    """Run a short probe for memory and speed."""
+    preview_rows: _builtins.int
+    """Rows to show as the model sees them; at least 1."""
+    @_builtins.property
+    def training(self) -> Global___StartTrainingRequest:
+        """What Train would hand over; nothing is written, and training_dir and output_dir need not exist."""
+
+    def __init__(
+        self,
+        *,
+        training: Global___StartTrainingRequest | None = ...,
+        measure: _builtins.bool = ...,
+        preview_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["measure", b"measure", "preview_rows", b"preview_rows", "training", b"training"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanTrainingRequest: _TypeAlias = PlanTrainingRequest  # noqa: Y015
+
+@_typing.final
+class PlanTrainingResponse(_message.Message):
+    """The plan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def plan(self) -> _training_pb2.TrainingPlan:
+        """What the training would do."""
+
+    def __init__(
+        self,
+        *,
+        plan: _training_pb2.TrainingPlan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanTrainingResponse: _TypeAlias = PlanTrainingResponse  # noqa: Y015
+
+@_typing.final
+class ExportModelRequest(_message.Message):
+    """Asks for files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    GGUF_QUANTIZATION_FIELD_NUMBER: _builtins.int
+    OUTPUT_DIR_FIELD_NUMBER: _builtins.int
+    format: _artifact_pb2.ExportFormat.ValueType
+    """Form to write."""
+    gguf_quantization: _builtins.str
+    """Only with GGUF; never empty then."""
+    output_dir: _builtins.str
+    """Absolute folder to write to; it does not exist yet and appears whole or not at all."""
+    def __init__(
+        self,
+        *,
+        format: _artifact_pb2.ExportFormat.ValueType = ...,
+        gguf_quantization: _builtins.str = ...,
+        output_dir: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "gguf_quantization", b"gguf_quantization", "output_dir", b"output_dir"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportModelRequest: _TypeAlias = ExportModelRequest  # noqa: Y015
+
+@_typing.final
+class ExportModelResponse(_message.Message):
+    """Progress, or what was written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _artifact_pb2.ExportProgress:
+        """It is going on."""
+
+    @_builtins.property
+    def artifact(self) -> _artifact_pb2.Artifact:
+        """It is done: the files of output_dir with their sums. artifact_id is left to the server."""
+
+    def __init__(
+        self,
+        *,
+        progress: _artifact_pb2.ExportProgress | None = ...,
+        artifact: _artifact_pb2.Artifact | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["progress", "artifact"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___ExportModelResponse: _TypeAlias = ExportModelResponse  # noqa: Y015
 
 @_typing.final
 class ShutdownRequest(_message.Message):

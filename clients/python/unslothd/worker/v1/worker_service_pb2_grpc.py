@@ -65,6 +65,21 @@ class WorkerServiceStub(object):
                 request_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.CancelTrainingRequest.SerializeToString,
                 response_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.CancelTrainingResponse.FromString,
                 _registered_method=True)
+        self.PauseTraining = channel.unary_unary(
+                '/unslothd.worker.v1.WorkerService/PauseTraining',
+                request_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PauseTrainingRequest.SerializeToString,
+                response_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PauseTrainingResponse.FromString,
+                _registered_method=True)
+        self.PlanTraining = channel.unary_unary(
+                '/unslothd.worker.v1.WorkerService/PlanTraining',
+                request_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PlanTrainingRequest.SerializeToString,
+                response_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PlanTrainingResponse.FromString,
+                _registered_method=True)
+        self.ExportModel = channel.unary_stream(
+                '/unslothd.worker.v1.WorkerService/ExportModel',
+                request_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.ExportModelRequest.SerializeToString,
+                response_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.ExportModelResponse.FromString,
+                _registered_method=True)
         self.Generate = channel.unary_stream(
                 '/unslothd.worker.v1.WorkerService/Generate',
                 request_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.GenerateRequest.SerializeToString,
@@ -124,6 +139,27 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseTraining(self, request, context):
+        """Asks the training to save at the next step boundary and to end there in STATE_PAUSED. Does nothing when it is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanTraining(self, request, context):
+        """Works out what a training would do; FAILED_PRECONDITION (MODEL_BUSY) while one runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportModel(self, request, context):
+        """Writes the model in another form; FAILED_PRECONDITION (MODEL_BUSY) while a training runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Generate(self, request, context):
         """Streams text; FAILED_PRECONDITION (MODEL_BUSY) while a training runs.
         """
@@ -170,6 +206,21 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.CancelTraining,
                     request_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.CancelTrainingRequest.FromString,
                     response_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.CancelTrainingResponse.SerializeToString,
+            ),
+            'PauseTraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseTraining,
+                    request_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PauseTrainingRequest.FromString,
+                    response_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PauseTrainingResponse.SerializeToString,
+            ),
+            'PlanTraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanTraining,
+                    request_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PlanTrainingRequest.FromString,
+                    response_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PlanTrainingResponse.SerializeToString,
+            ),
+            'ExportModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportModel,
+                    request_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.ExportModelRequest.FromString,
+                    response_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.ExportModelResponse.SerializeToString,
             ),
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
@@ -345,6 +396,87 @@ class WorkerService(object):
             '/unslothd.worker.v1.WorkerService/CancelTraining',
             unslothd_dot_worker_dot_v1_dot_worker__service__pb2.CancelTrainingRequest.SerializeToString,
             unslothd_dot_worker_dot_v1_dot_worker__service__pb2.CancelTrainingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseTraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unslothd.worker.v1.WorkerService/PauseTraining',
+            unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PauseTrainingRequest.SerializeToString,
+            unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PauseTrainingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanTraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unslothd.worker.v1.WorkerService/PlanTraining',
+            unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PlanTrainingRequest.SerializeToString,
+            unslothd_dot_worker_dot_v1_dot_worker__service__pb2.PlanTrainingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/unslothd.worker.v1.WorkerService/ExportModel',
+            unslothd_dot_worker_dot_v1_dot_worker__service__pb2.ExportModelRequest.SerializeToString,
+            unslothd_dot_worker_dot_v1_dot_worker__service__pb2.ExportModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,12 @@ class WorkerServiceStub:
     """
     CancelTraining: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.CancelTrainingRequest, _worker_service_pb2.CancelTrainingResponse]
     """Asks the training to stop at the next step boundary. Does nothing when it is over."""
+    PauseTraining: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.PauseTrainingRequest, _worker_service_pb2.PauseTrainingResponse]
+    """Asks the training to save at the next step boundary and to end there in STATE_PAUSED. Does nothing when it is over."""
+    PlanTraining: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.PlanTrainingRequest, _worker_service_pb2.PlanTrainingResponse]
+    """Works out what a training would do; FAILED_PRECONDITION (MODEL_BUSY) while one runs."""
+    ExportModel: _grpc.UnaryStreamMultiCallable[_worker_service_pb2.ExportModelRequest, _worker_service_pb2.ExportModelResponse]
+    """Writes the model in another form; FAILED_PRECONDITION (MODEL_BUSY) while a training runs."""
     Generate: _grpc.UnaryStreamMultiCallable[_worker_service_pb2.GenerateRequest, _worker_service_pb2.GenerateResponse]
     """Streams text; FAILED_PRECONDITION (MODEL_BUSY) while a training runs."""
     Shutdown: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.ShutdownRequest, _worker_service_pb2.ShutdownResponse]
@@ -71,6 +77,12 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """
     CancelTraining: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.CancelTrainingRequest, _worker_service_pb2.CancelTrainingResponse]  # type: ignore[assignment]
     """Asks the training to stop at the next step boundary. Does nothing when it is over."""
+    PauseTraining: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.PauseTrainingRequest, _worker_service_pb2.PauseTrainingResponse]  # type: ignore[assignment]
+    """Asks the training to save at the next step boundary and to end there in STATE_PAUSED. Does nothing when it is over."""
+    PlanTraining: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.PlanTrainingRequest, _worker_service_pb2.PlanTrainingResponse]  # type: ignore[assignment]
+    """Works out what a training would do; FAILED_PRECONDITION (MODEL_BUSY) while one runs."""
+    ExportModel: _aio.UnaryStreamMultiCallable[_worker_service_pb2.ExportModelRequest, _worker_service_pb2.ExportModelResponse]  # type: ignore[assignment]
+    """Writes the model in another form; FAILED_PRECONDITION (MODEL_BUSY) while a training runs."""
     Generate: _aio.UnaryStreamMultiCallable[_worker_service_pb2.GenerateRequest, _worker_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams text; FAILED_PRECONDITION (MODEL_BUSY) while a training runs."""
     Shutdown: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.ShutdownRequest, _worker_service_pb2.ShutdownResponse]  # type: ignore[assignment]
@@ -128,6 +140,30 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.CancelTrainingResponse, _abc.Awaitable[_worker_service_pb2.CancelTrainingResponse]]:
         """Asks the training to stop at the next step boundary. Does nothing when it is over."""
+
+    @_abc_1.abstractmethod
+    def PauseTraining(
+        self,
+        request: _worker_service_pb2.PauseTrainingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_service_pb2.PauseTrainingResponse, _abc.Awaitable[_worker_service_pb2.PauseTrainingResponse]]:
+        """Asks the training to save at the next step boundary and to end there in STATE_PAUSED. Does nothing when it is over."""
+
+    @_abc_1.abstractmethod
+    def PlanTraining(
+        self,
+        request: _worker_service_pb2.PlanTrainingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_service_pb2.PlanTrainingResponse, _abc.Awaitable[_worker_service_pb2.PlanTrainingResponse]]:
+        """Works out what a training would do; FAILED_PRECONDITION (MODEL_BUSY) while one runs."""
+
+    @_abc_1.abstractmethod
+    def ExportModel(
+        self,
+        request: _worker_service_pb2.ExportModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_service_pb2.ExportModelResponse], _abc.AsyncIterator[_worker_service_pb2.ExportModelResponse]]:
+        """Writes the model in another form; FAILED_PRECONDITION (MODEL_BUSY) while a training runs."""
 
     @_abc_1.abstractmethod
     def Generate(

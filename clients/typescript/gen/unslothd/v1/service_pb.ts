@@ -1271,7 +1271,8 @@ export type ExportModelRequest = Message<"unslothd.v1.ExportModelRequest"> & {
   ggufQuantization: string;
 
   /**
-   * Folder, relative to the output root; empty = beside the training's results.
+   * Folder, relative to the output root, as TrainingConfig.output_dir; empty = a free name beside the training's
+   * results, or below "exports" for a model that no training of this server made.
    *
    * @generated from field: string output_dir = 5;
    */
@@ -1524,8 +1525,10 @@ export const UnslothService: GenService<{
     output: typeof UnloadModelResponseSchema;
   },
   /**
-   * Stores rows on the server: a header, then chunks.
-   * Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY), RESOURCE_EXHAUSTED (DISK_FULL).
+   * Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
+   * the same bytes again is free once they are stored.
+   * Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
+   * DISK_FULL).
    *
    * @generated from rpc unslothd.v1.UnslothService.UploadDataset
    */
@@ -1555,7 +1558,8 @@ export const UnslothService: GenService<{
     output: typeof ListDatasetsResponseSchema;
   },
   /**
-   * Removes a stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION while a training uses it.
+   * Removes a stored dataset.
+   * Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
    *
    * @generated from rpc unslothd.v1.UnslothService.DeleteDataset
    */
@@ -1565,7 +1569,8 @@ export const UnslothService: GenService<{
     output: typeof DeleteDatasetResponseSchema;
   },
   /**
-   * Works out what Train would do, without doing it. Errors: as Train.
+   * Works out what Train would do, without doing it. Errors: as Train, and FAILED_PRECONDITION (MODEL_BUSY) while a
+   * training runs on the model.
    *
    * @generated from rpc unslothd.v1.UnslothService.PlanTraining
    */
@@ -1576,7 +1581,8 @@ export const UnslothService: GenService<{
   },
   /**
    * Trains, and streams every event of the training from sequence 1 on. The stream ends OK after the succeeded event,
-   * with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one.
+   * with the training's own error after a failed one, and ABORTED (TRAINING_CANCELLED) after a cancelled one. While the
+   * training is paused the stream stays open.
    * Errors before the first event: NOT_FOUND (MODEL_NOT_FOUND, DATASET_NOT_FOUND), PERMISSION_DENIED
    * (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
    * OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
@@ -1634,7 +1640,8 @@ export const UnslothService: GenService<{
     output: typeof CancelTrainingResponseSchema;
   },
   /**
-   * Asks a training to save at the next step boundary and to free its device.
+   * Asks a training to save at the next step boundary and to free its device: its worker ends, the model is SUSPENDED.
+   * Trainings that wait behind it wait on. The answer comes at once, in STATE_PAUSING or PAUSED. Idempotent.
    * Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
    *
    * @generated from rpc unslothd.v1.UnslothService.PauseTraining
@@ -1645,8 +1652,11 @@ export const UnslothService: GenService<{
     output: typeof PauseTrainingResponseSchema;
   },
   /**
-   * Goes on with a training from a checkpoint.
-   * Errors: NOT_FOUND (TRAINING_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE).
+   * Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
+   * A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
+   * on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+   * Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+   * (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
    *
    * @generated from rpc unslothd.v1.UnslothService.ResumeTraining
    */
@@ -1667,8 +1677,11 @@ export const UnslothService: GenService<{
     output: typeof GenerateResponseSchema;
   },
   /**
-   * Writes a model in another form: progress, then the Artifact as the last message.
-   * Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND), RESOURCE_EXHAUSTED (DISK_FULL).
+   * Writes a model in another form: progress, then the Artifact as the last message. Refused while a training runs on
+   * the model. A half-written export is never seen under its final name.
+   * Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
+   * MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
+   * INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
    *
    * @generated from rpc unslothd.v1.UnslothService.ExportModel
    */
@@ -1678,7 +1691,9 @@ export const UnslothService: GenService<{
     output: typeof ExportModelResponseSchema;
   },
   /**
-   * Streams the files of an artifact or a checkpoint. Errors: NOT_FOUND.
+   * Streams the files of an artifact or a checkpoint, in the order of their names.
+   * Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
+   * (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
    *
    * @generated from rpc unslothd.v1.UnslothService.DownloadArtifact
    */

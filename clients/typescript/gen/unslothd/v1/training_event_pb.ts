@@ -22,7 +22,8 @@ export const file_unslothd_v1_training_event: GenFile = /*@__PURE__*/
 
 /**
  * One entry of a training's event log. The log is complete: whoever reads it from sequence 1 knows everything that
- * happened.
+ * happened. A terminal event (succeeded, failed, cancelled) is its last entry, unless ResumeTraining brings a failed or
+ * cancelled training back: then the log goes on after it. So read a stream to its end, not to a terminal event.
  *
  * @generated from message unslothd.v1.TrainingEvent
  */
@@ -120,7 +121,7 @@ export type TrainingEvent = Message<"unslothd.v1.TrainingEvent"> & {
     case: "heartbeat";
   } | {
     /**
-     * Last entry: all steps done.
+     * Terminal: all steps done.
      *
      * @generated from field: unslothd.v1.TrainingSucceeded succeeded = 18;
      */
@@ -128,7 +129,7 @@ export type TrainingEvent = Message<"unslothd.v1.TrainingEvent"> & {
     case: "succeeded";
   } | {
     /**
-     * Last entry: it failed.
+     * Terminal: it failed.
      *
      * @generated from field: unslothd.v1.TrainingFailed failed = 19;
      */
@@ -136,7 +137,7 @@ export type TrainingEvent = Message<"unslothd.v1.TrainingEvent"> & {
     case: "failed";
   } | {
     /**
-     * Last entry: it was stopped on request.
+     * Terminal: it was stopped on request.
      *
      * @generated from field: unslothd.v1.TrainingCancelled cancelled = 20;
      */
@@ -404,7 +405,7 @@ export const EvaluationSchema: GenMessage<Evaluation> = /*@__PURE__*/
  */
 export type TrainingWarning = Message<"unslothd.v1.TrainingWarning"> & {
   /**
-   * Stable name, e.g. "OPTIMIZER_REPLACED", "ROWS_TRUNCATED", "CONFIG_DIFFERS".
+   * Stable name, e.g. "OPTIMIZER_REPLACED", "ROWS_TRUNCATED", "CONFIG_DIFFERS"; docs/training.md has them all.
    *
    * @generated from field: string reason = 1;
    */
