@@ -1,17 +1,24 @@
 """What a DatasetSource means: its path is found and checked here, its rows are read by the worker."""
 
 import string
+from collections.abc import Callable
+from pathlib import Path
 
 from unslothd.v1.dataset_pb2 import DatasetSource, RowFormat
 from unslothd.v1.error_reason_pb2 import ErrorReason
-from unslothd.v1.service_pb2 import TrainRequest
+from unslothd.v1.service_pb2 import PlanTrainingRequest, TrainRequest
 from unslothd_server.app.paths import AllowedRoots
-from unslothd_server.errors import FieldViolation, InvalidFieldsError, NotFoundError
+from unslothd_server.errors import FieldViolation, InvalidFieldsError
+
+# Returns the rows of an uploaded dataset; raises NotFoundError (DATASET_NOT_FOUND).
+StoredRows = Callable[[str], Path]
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 
 
-def resolve_datasets(request: TrainRequest, roots: AllowedRoots) -> tuple[DatasetSource, DatasetSource | None]:
+def resolve_datasets(
+    request: TrainRequest | PlanTrainingRequest, roots: AllowedRoots, stored_rows: StoredRows
+) -> tuple[DatasetSource, DatasetSource | None]:
     """Returns the rows to train on and, if there are any, to evaluate on; wrong fields of both are told at once."""
     found: dict[str, DatasetSource] = {}
     violations: list[FieldViolation] = []
@@ -20,7 +27,7 @@ def resolve_datasets(request: TrainRequest, roots: AllowedRoots) -> tuple[Datase
         sources["eval_dataset"] = request.eval_dataset
     for field, source in sources.items():
         try:
-            found[field] = resolve_dataset(source, field, roots)
+            found[field] = resolve_dataset(source, field, roots, stored_rows)
         except InvalidFieldsError as error:
             violations.extend(error.violations)
     if violations:
@@ -28,13 +35,14 @@ def resolve_datasets(request: TrainRequest, roots: AllowedRoots) -> tuple[Datase
     return found["train_dataset"], found.get("eval_dataset")
 
 
-def resolve_dataset(source: DatasetSource, field: str, roots: AllowedRoots) -> DatasetSource:
+def resolve_dataset(source: DatasetSource, field: str, roots: AllowedRoots, stored_rows: StoredRows) -> DatasetSource:
     """Returns the source with an absolute, allowed path.
 
     Args:
         source: As asked.
         field: Name of the request's field, for errors.
         roots: Folders that may be read.
+        stored_rows: Finds uploaded datasets.
 
     Raises:
         UnslothdError: DATASET_NOT_FOUND, PATH_NOT_ALLOWED or INVALID_FIELD.
@@ -44,10 +52,7 @@ def resolve_dataset(source: DatasetSource, field: str, roots: AllowedRoots) -> D
     result.CopyFrom(source)
     origin = source.WhichOneof("origin")
     if origin == "dataset_id":
-        raise NotFoundError(
-            ErrorReason.ERROR_REASON_DATASET_NOT_FOUND,
-            f'No dataset "{source.dataset_id}" is stored. Send the rows inline, or name a path on the server.',
-        )
+        result.path = str(stored_rows(source.dataset_id))
     if origin == "path":
         path = roots.require(source.path, ErrorReason.ERROR_REASON_DATASET_NOT_FOUND, "dataset file or folder")
         if path.is_file() and path.suffix not in FILE_SUFFIXES:

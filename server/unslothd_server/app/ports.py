@@ -6,6 +6,7 @@ from typing import Protocol
 from unslothd.v1.model_pb2 import Model
 from unslothd.v1.server_info_pb2 import Device
 from unslothd.v1.training_event_pb2 import TrainingEvent
+from unslothd.v1.training_pb2 import TrainingPlan
 from unslothd.worker.v1 import worker_service_pb2 as worker
 from unslothd_server.app.worker_exit import WorkerExit
 
@@ -36,6 +37,18 @@ class Worker(Protocol):
 
     async def cancel(self, training_id: str, *, save_checkpoint: bool) -> None:
         """Asks the training to stop at the next step boundary."""
+        ...
+
+    async def pause(self, training_id: str) -> None:
+        """Asks the training to stop at the next step boundary in a state from which it can go on."""
+        ...
+
+    async def plan(self, request: worker.PlanTrainingRequest) -> TrainingPlan:
+        """Works out what a training would do; ends when cancelled."""
+        ...
+
+    def export(self, request: worker.ExportModelRequest) -> AsyncIterator[worker.ExportModelResponse]:
+        """Writes the model in another form; the last message carries the artifact."""
         ...
 
     def generate(self, request: worker.GenerateRequest) -> AsyncIterator[worker.GenerateResponse]:

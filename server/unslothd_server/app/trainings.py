@@ -15,7 +15,7 @@ from unslothd.v1.service_pb2 import ListTrainingsRequest, TrainRequest
 from unslothd.v1.training_event_pb2 import TrainingCancelled, TrainingEvent, TrainingFailed, TrainingStateChanged
 from unslothd.v1.training_pb2 import Training
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.app.dataset_sources import resolve_datasets
+from unslothd_server.app.dataset_sources import StoredRows, resolve_datasets
 from unslothd_server.app.event_feed import EventFeed
 from unslothd_server.app.idempotency import SeenRequests, content_digest
 from unslothd_server.app.models import LoadedModel, Models
@@ -76,13 +76,23 @@ class Trainings:
     Args:
         store: Their folders.
         roots: Folders that datasets may be read from.
+        stored_rows: Finds uploaded datasets.
         max_queued: Most trainings that wait on one model.
         heartbeat_seconds: Silence after which a watcher gets a heartbeat.
     """
 
-    def __init__(self, store: TrainingStore, roots: AllowedRoots, *, max_queued: int, heartbeat_seconds: float) -> None:
+    def __init__(
+        self,
+        store: TrainingStore,
+        roots: AllowedRoots,
+        stored_rows: StoredRows,
+        *,
+        max_queued: int,
+        heartbeat_seconds: float,
+    ) -> None:
         self._store = store
         self._roots = roots
+        self._stored_rows = stored_rows
         self._max_queued = max_queued
         self._heartbeat_seconds = heartbeat_seconds
         self._runs: dict[str, TrainingRun] = {}
@@ -164,6 +174,15 @@ class Trainings:
         """Trainings on a model that are not over, the running one first."""
         return [run for run in self._runs.values() if run.training.model_id == model_id and not is_final(run.training)]
 
+    def users_of_dataset(self, dataset_id: str) -> list[str]:
+        """Ids of the trainings that are not over and read an uploaded dataset."""
+        return [
+            run.training_id
+            for run in self._runs.values()
+            if not is_final(run.training)
+            and dataset_id in {run.training.train_dataset.dataset_id, run.training.eval_dataset.dataset_id}
+        ]
+
     # --- accepting ---
 
     def accept(self, request: TrainRequest, models: Models) -> TrainingRun:
@@ -206,7 +225,7 @@ class Trainings:
             )
 
     def _create(self, request: TrainRequest, digest: str, entry: LoadedModel) -> TrainingRun:
-        train, evaluation = resolve_datasets(request, self._roots)
+        train, evaluation = resolve_datasets(request, self._roots, self._stored_rows)
         user_config = merged(entry.prepared_config, request.training_config)
         config = completed(user_config, entry.model)
         folder = self._store.free_output_dir(

@@ -12,6 +12,7 @@ import grpc.aio
 
 from unslothd.v1.model_pb2 import Model
 from unslothd.v1.training_event_pb2 import TrainingEvent
+from unslothd.v1.training_pb2 import TrainingPlan
 from unslothd.worker.v1 import worker_service_pb2 as messages
 from unslothd.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from unslothd_server.app.worker_exit import WorkerExit, worker_died
@@ -124,6 +125,22 @@ class WorkerProcess:
         request = messages.CancelTrainingRequest(training_id=training_id, save_checkpoint=save_checkpoint)
         bound = self._timeouts.answer
         await self._answer("cancelling", bound, lambda: self._stub.CancelTraining(request, timeout=bound))
+
+    async def pause(self, training_id: str) -> None:
+        """Asks the training to stop at the next step boundary in a state from which it can go on."""
+        request, bound = messages.PauseTrainingRequest(training_id=training_id), self._timeouts.answer
+        await self._answer("pausing", bound, lambda: self._stub.PauseTraining(request, timeout=bound))
+
+    async def plan(self, request: messages.PlanTrainingRequest) -> TrainingPlan:
+        """Works out what a training would do; ends when cancelled."""
+        bound = self._timeouts.plan
+        response = await self._answer("planning", bound, lambda: self._stub.PlanTraining(request, timeout=bound))
+        return response.plan
+
+    async def export(self, request: messages.ExportModelRequest) -> AsyncIterator[messages.ExportModelResponse]:
+        """Writes the model in another form; the last message carries the artifact."""
+        async for response in self._stream("exporting", lambda: self._stub.ExportModel(request)):
+            yield response
 
     async def generate(self, request: messages.GenerateRequest) -> AsyncIterator[messages.GenerateResponse]:
         """Streams text."""

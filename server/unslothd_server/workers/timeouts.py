@@ -12,6 +12,7 @@ class WorkerTimeouts:
         answer: GetStatus, CancelTraining, Shutdown; up to 0.3 s while the worker trains, more while it imports.
         start_training: Opening the log of a training that may have 100 000 events.
         prepare: Attaching an adapter to the largest model, behind a generation that runs.
+        plan: Reading and rendering the largest dataset, and a probe.
         end_in_order: From Shutdown to the end of the process; a training step may have to end first.
         end_on_sigterm: From SIGTERM to the end of the process.
         end_on_sigkill: From SIGKILL to the end of the process; longer only in an uninterruptible driver call.
@@ -22,6 +23,7 @@ class WorkerTimeouts:
     answer: float = 15.0
     start_training: float = 60.0
     prepare: float = 900.0
+    plan: float = 3600.0
     end_in_order: float = 30.0
     end_on_sigterm: float = 5.0
     end_on_sigkill: float = 20.0

@@ -17,25 +17,25 @@ def roots(tmp_path: Path) -> AllowedRoots:
 
 def test_a_relative_path_is_found_below_a_root(tmp_path: Path, roots: AllowedRoots):
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    found = resolve_dataset(DatasetSource(path="rows.jsonl"), "train_dataset", roots)
+    found = resolve_dataset(DatasetSource(path="rows.jsonl"), "train_dataset", roots, Path)
     assert found.path == str((tmp_path / "rows.jsonl").resolve())
 
 
 def test_a_missing_path_is_not_found(roots: AllowedRoots):
     with pytest.raises(NotFoundError) as caught:
-        resolve_dataset(DatasetSource(path="missing.jsonl"), "train_dataset", roots)
+        resolve_dataset(DatasetSource(path="missing.jsonl"), "train_dataset", roots, Path)
     assert caught.value.reason_name == "DATASET_NOT_FOUND"
 
 
 def test_a_path_outside_the_roots_is_refused(roots: AllowedRoots):
     with pytest.raises(PermissionDeniedError):
-        resolve_dataset(DatasetSource(path="/etc/passwd"), "train_dataset", roots)
+        resolve_dataset(DatasetSource(path="/etc/passwd"), "train_dataset", roots, Path)
 
 
 def test_a_file_of_an_unknown_kind_names_the_field_and_the_known_kinds(tmp_path: Path, roots: AllowedRoots):
     (tmp_path / "rows.pkl").write_bytes(b"")
     with pytest.raises(InvalidFieldsError, match=r"\.jsonl") as caught:
-        resolve_dataset(DatasetSource(path="rows.pkl"), "eval_dataset", roots)
+        resolve_dataset(DatasetSource(path="rows.pkl"), "eval_dataset", roots, Path)
     assert caught.value.violations[0].field == "eval_dataset.path"
 
 
@@ -59,4 +59,4 @@ def test_completion_only_loss_needs_rows_with_an_answer(layout: RowFormat, roots
     layout.completion_only_loss = True
     source = DatasetSource(inline=InlineRows(data=b"{}"), row_format=layout)
     with pytest.raises(InvalidFieldsError, match="answer"):
-        resolve_dataset(source, "train_dataset", roots)
+        resolve_dataset(source, "train_dataset", roots, Path)

@@ -36,7 +36,7 @@ class OneModel:
 
 def trainings(folder: Path) -> Trainings:
     store = TrainingStore(folder / "trainings", folder / "output")
-    return Trainings(store, AllowedRoots([]), max_queued=5, heartbeat_seconds=60)
+    return Trainings(store, AllowedRoots([]), Path, max_queued=5, heartbeat_seconds=60)
 
 
 async def last_event(frames: AsyncIterator[bytes]) -> Any:
