@@ -3,7 +3,7 @@
 from typing import Any
 
 from unslothd.v1.training_event_pb2 import TrainingWarning
-from unslothd.v1.training_pb2 import TrainingConfig, TrainingMetrics, TrainingPlan
+from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, TrainingMetrics, TrainingPlan
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
 from unslothd_server.engine.callbacks import RunFigures
 from unslothd_server.engine.parameters import count_parameters
@@ -47,13 +47,17 @@ def plan(
 def useless_settings(request: StartTrainingRequest) -> list[TrainingWarning]:
     """Warnings for settings that can have no effect in this request."""
     config, has_eval = request.config, request.HasField("eval_dataset")
+    texts: list[str] = []
+    if config.micro_batching == MICRO_BATCHING_TUNED:
+        texts.append(
+            "micro_batching TUNED was asked for, but this version splits the step as batch_size and "
+            "gradient_accumulation_steps say."
+        )
     if config.eval_steps and not has_eval:
-        text = "eval_steps has no effect without an eval dataset."
+        texts.append("eval_steps has no effect without an eval dataset.")
     elif config.early_stopping_patience and not (has_eval and config.eval_steps):
-        text = "early_stopping_patience has no effect without an eval dataset and eval_steps."
-    else:
-        return []
-    return [TrainingWarning(reason="CONFIG_DIFFERS", message=text)]
+        texts.append("early_stopping_patience has no effect without an eval dataset and eval_steps.")
+    return [TrainingWarning(reason="CONFIG_DIFFERS", message=text) for text in texts]
 
 
 def metrics(trainer: Any, figures: RunFigures) -> TrainingMetrics:

@@ -44,7 +44,13 @@ class TokenisedDataset:
 
 
 def tokenise(
-    source: DatasetSource, tokenizer: Any, max_seq_length: int, *, field: str, check: Callable[[], None]
+    source: DatasetSource,
+    tokenizer: Any,
+    max_seq_length: int,
+    *,
+    field: str,
+    check: Callable[[], None],
+    preview_rows: int = PREVIEW_ROWS,
 ) -> TokenisedDataset:
     """Reads and renders every row.
 
@@ -54,6 +60,7 @@ def tokenise(
         max_seq_length: Tokens.
         field: Path of the dataset in the request, for errors.
         check: Called for every row; raises to stop.
+        preview_rows: Rows that are kept as text.
 
     Raises:
         DatasetError: DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW.
@@ -71,7 +78,7 @@ def tokenise(
             collected.dropped += 1
             continue
         collected.add(rendered.input_ids, rendered.carries_loss, truncated=rendered.truncated)
-        if len(collected.preview) < PREVIEW_ROWS:
+        if len(collected.preview) < preview_rows:
             collected.preview.append(renderer.preview(rendered))
     if not collected.lengths:
         raise _nothing_left(collected.dropped, field)

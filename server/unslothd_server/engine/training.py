@@ -13,17 +13,15 @@ from unslothd.v1.training_event_pb2 import (
     TrainingEvent,
     TrainingStarted,
     TrainingSucceeded,
-    TrainingWarning,
 )
-from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
 from unslothd_server.engine import environment, readback, reports
 from unslothd_server.engine.callbacks import Emit, EventCallback, RunFigures
 from unslothd_server.engine.memory import PeakMemory
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.oom import exhausted
+from unslothd_server.engine.prepared_rows import PreparedRows, prepare_rows
 from unslothd_server.engine.step_clock import StepClock
-from unslothd_server.engine.tokens import TokenisedDataset, tokenise
 from unslothd_server.engine.trainer import build_trainer
 from unslothd_server.errors import UnslothdError
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
@@ -55,7 +53,6 @@ class TrainingRun:
         self._stop = stop
         self._output_dir = Path(request.output_dir)
         self._figures = RunFigures(StepClock(), PeakMemory())
-        self._row_warnings: list[TrainingWarning] = []
         self._trainer: Any = None
 
     def run(self) -> TrainingSucceeded | TrainingCancelled | TrainingPaused:
@@ -65,16 +62,18 @@ class TrainingRun:
             UnslothdError: What a user can mend, as the parts say; OUT_OF_MEMORY and DISK_FULL among them.
         """
         try:
-            train_rows, eval_rows = self._rows()
+            rows = prepare_rows(
+                self._request, self._loaded.tokenizer, self._loaded.max_seq_length, check=self._check_stop
+            )
             with self._tensorboard() as tensorboard:
                 events = EventCallback(
                     self._emit,
                     self._stop,
                     self._figures,
-                    on_begin=lambda: self._started(train_rows, eval_rows),
-                    has_eval=eval_rows is not None,
+                    on_begin=lambda: self._started(rows),
+                    has_eval=rows.evaluation is not None,
                 )
-                self._trainer = self._build(train_rows, eval_rows, [*tensorboard, events])
+                self._trainer = self._build(rows, [*tensorboard, events])
                 self._trainer.train(resume_from_checkpoint=self._request.resume_from_checkpoint or None)
                 return self._finish(events)
         except _StopRequestedError:
@@ -92,47 +91,9 @@ class TrainingRun:
             self._trainer = None
             self._clean_up()
 
-    def _rows(self) -> tuple[TokenisedDataset, TokenisedDataset | None]:
-        train_rows = self._tokenise("train_dataset")
-        eval_rows = self._tokenise("eval_dataset") if self._request.HasField("eval_dataset") else None
-        if self._request.config.micro_batching == MICRO_BATCHING_TUNED:
-            self._warn(
-                "CONFIG_DIFFERS",
-                "micro_batching TUNED was asked for, but this version splits the step as batch_size and "
-                "gradient_accumulation_steps say.",
-            )
-        return train_rows, eval_rows
-
-    def _tokenise(self, field: str) -> TokenisedDataset:
-        rows = tokenise(
-            getattr(self._request, field),
-            self._loaded.tokenizer,
-            self._loaded.max_seq_length,
-            field=field,
-            check=self._check_stop,
-        )
-        limit = self._loaded.max_seq_length
-        if rows.truncated_rows:
-            self._warn(
-                "ROWS_TRUNCATED",
-                f"{rows.truncated_rows} of {rows.num_rows} rows of {field} are longer than max_seq_length and were cut "
-                f"at {limit} tokens. Load the model with a larger max_seq_length to train on all of them.",
-            )
-        if rows.dropped_rows:
-            self._warn(
-                "ROWS_DROPPED",
-                f"{rows.dropped_rows} of {rows.num_rows + rows.dropped_rows} rows of {field} were left out: none of "
-                f"their tokens carries loss within {limit} tokens. Look for empty answers and for prompts that fill "
-                "max_seq_length.",
-            )
-        return rows
-
     def _check_stop(self) -> None:
         if self._stop.requested.is_set():
             raise _StopRequestedError
-
-    def _warn(self, reason: str, message: str) -> None:
-        self._row_warnings.append(TrainingWarning(reason=reason, message=message))
 
     @property
     def _tensorboard_dir(self) -> Path:
@@ -158,9 +119,9 @@ class TrainingRun:
         checkpoint = self._request.resume_from_checkpoint
         return int(checkpoint.rstrip("/").rpartition("-")[2]) if checkpoint else 0
 
-    def _build(self, train_rows: TokenisedDataset, eval_rows: TokenisedDataset | None, callbacks: list[Any]) -> Any:
+    def _build(self, rows: PreparedRows, callbacks: list[Any]) -> Any:
         config = self._request.config
-        if eval_rows is not None and config.early_stopping_patience and config.eval_steps:
+        if rows.evaluation is not None and config.early_stopping_patience and config.eval_steps:
             from transformers import EarlyStoppingCallback
 
             callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)]
@@ -168,22 +129,22 @@ class TrainingRun:
             self._loaded,
             config,
             self._output_dir,
-            train_rows=train_rows.rows,
-            eval_rows=None if eval_rows is None else eval_rows.rows,
+            train_rows=rows.train.rows,
+            eval_rows=None if rows.evaluation is None else rows.evaluation.rows,
             callbacks=callbacks,
             clock=self._figures.clock,
             check_stop=self._check_stop,
         )
 
-    def _started(self, train_rows: TokenisedDataset, eval_rows: TokenisedDataset | None) -> None:
+    def _started(self, rows: PreparedRows) -> None:
         """Called when optimizer and schedule exist and before anything runs."""
         trainer = self._trainer
         facts = readback.read_trainer(trainer, self._request.config)
-        warnings = [*self._row_warnings, *facts.warnings, *reports.useless_settings(self._request)]
+        warnings = [*rows.warnings, *reports.useless_settings(self._request), *facts.warnings]
         self._emit(
             TrainingEvent(
                 started=TrainingStarted(
-                    plan=reports.plan(trainer, train_rows, eval_rows, facts.config, warnings),
+                    plan=reports.plan(trainer, rows.train, rows.evaluation, facts.config, warnings),
                     engine=environment.engine_name(),
                     device=readback.device_title(self._loaded.model),
                     resumed=bool(self._request.resume_from_checkpoint),
