@@ -54,10 +54,9 @@ def _stream(method: str) -> Callable[..., Iterator[object]]:
     return serve
 
 
-_STREAMS = {"LoadModel", "Train", "WatchTraining", "Generate"}
 for _method in service_pb2.DESCRIPTOR.services_by_name["UnslothService"].methods:
     if not _method.client_streaming:
-        setattr(Script, _method.name, (_stream if _method.name in _STREAMS else _unary)(_method.name))
+        setattr(Script, _method.name, (_stream if _method.server_streaming else _unary)(_method.name))
 
 
 class ScriptedServer:

@@ -89,10 +89,27 @@ class Outcome:
 
 @dataclass
 class Cursor:
-    """How far a training has been read."""
+    """How far a training has been read.
+
+    Args:
+        training_id: Id of the training; empty until its first event.
+        sequence: Of the last event; 0 = none.
+        outcome: What that event says, if it is a terminal one. A failed or cancelled training may be brought back: then
+            its log goes on, and the next event takes the outcome away.
+    """
 
     training_id: str = ""
     sequence: int = 0
+    outcome: Outcome | None = None
+
+    def take(self, event: training_event_pb2.TrainingEvent) -> None:
+        """Moves on to this event."""
+        self.training_id, self.sequence, self.outcome = event.training_id, event.sequence, outcome_of(event)
+
+    @property
+    def succeeded(self) -> bool:
+        """True when nothing can follow: a training that succeeded is never resumed."""
+        return self.outcome is not None and self.outcome.error is None
 
 
 def connection_lost(error: errors.UnslothdError) -> bool:
@@ -150,52 +167,67 @@ def train(
     """
     while cursor.sequence == 0:
         yield OpenStream("Train", request)
-        outcome, lost = yield from _read(cursor, retry)
-        if outcome is not None:
-            return outcome
-        yield Sleep(retry.next_delay(lost))
+        lost = yield from _read(cursor, retry)
+        if lost is None or not (yield from _wait(cursor, retry, lost)):
+            return _known(cursor)
     return (yield from watch(cursor, retry, timeout=None))
 
 
 def watch(cursor: Cursor, retry: Retry, timeout: float | None) -> Flow[training_event_pb2.TrainingEvent, Outcome]:
-    """Emits each event after the cursor once and returns how the training ended."""
+    """Emits each event after the cursor once and returns how the training ended.
+
+    The end of the stream decides, not a terminal event: ResumeTraining may have brought the training back.
+    """
     while True:
         request = service_pb2.WatchTrainingRequest(training_id=cursor.training_id, after_sequence=cursor.sequence)
         yield OpenStream("WatchTraining", request)
-        outcome, lost = yield from _read(cursor, retry)
-        if outcome is None and lost.code is grpc.StatusCode.OK:
-            outcome = yield from _final(cursor, retry, timeout)
-        if outcome is not None:
-            return outcome
-        yield Sleep(retry.next_delay(lost))
+        lost = yield from _read(cursor, retry)
+        if lost is not None and lost.code is grpc.StatusCode.OK:
+            cursor.outcome = yield from _final(cursor, retry, timeout)
+            lost = None if cursor.outcome is not None else lost
+        if lost is None or not (yield from _wait(cursor, retry, lost)):
+            return _known(cursor)
 
 
-def _read(
-    cursor: Cursor, retry: Retry
-) -> Flow[training_event_pb2.TrainingEvent, tuple[Outcome | None, errors.UnslothdError]]:
-    """Emits what is new in the open stream; returns the outcome, or None and why the stream ended before it."""
+def _read(cursor: Cursor, retry: Retry) -> Flow[training_event_pb2.TrainingEvent, errors.UnslothdError | None]:
+    """Emits what is new in the open stream; returns why it is to be taken up again, or None: it ended as the log does."""
     try:
         while (message := (yield Next())) is not None:
             event: training_event_pb2.TrainingEvent = message.event
             if event.sequence > cursor.sequence + 1:
                 yield CloseStream()
-                return None, _gap(cursor, event.sequence)
+                return _gap(cursor, event.sequence)
             if 0 < event.sequence <= cursor.sequence:
                 continue  # seen before the connection was lost
             retry.progress()
             if event.sequence == 0:
                 continue  # a heartbeat
-            cursor.training_id, cursor.sequence = event.training_id, event.sequence
+            cursor.take(event)
             yield Emit(event)
-            outcome = outcome_of(event)
-            if outcome is not None:
-                yield CloseStream()
-                return outcome, _ended_early("")
     except errors.UnslothdError as error:
-        if not connection_lost(error):
+        if connection_lost(error):
+            return None if cursor.succeeded else error
+        if cursor.outcome is None:
             raise
-        return None, error
-    return None, _ended_early("the event stream")
+        return None  # Train ends with the training's own error, which its last event has told
+    return None if cursor.outcome is not None else _ended_early("the event stream")
+
+
+def _wait(cursor: Cursor, retry: Retry, lost: errors.UnslothdError) -> Flow[Any, bool]:
+    """Waits for the next attempt; False when there is none left, but how the training ended is known."""
+    try:
+        delay = retry.next_delay(lost)
+    except errors.UnslothdError:
+        if cursor.outcome is None:
+            raise
+        return False
+    yield Sleep(delay)
+    return True
+
+
+def _known(cursor: Cursor) -> Outcome:
+    assert cursor.outcome is not None
+    return cursor.outcome
 
 
 def _final(cursor: Cursor, retry: Retry, timeout: float | None) -> Flow[Any, Outcome | None]:
@@ -209,7 +241,7 @@ def _final(cursor: Cursor, retry: Retry, timeout: float | None) -> Flow[Any, Out
 
 
 def outcome_of(event: training_event_pb2.TrainingEvent) -> Outcome | None:
-    """Returns how the training ended if this is the last event of its log, else None."""
+    """Returns how the training ended if this is a terminal event, else None."""
     kind = event.WhichOneof("kind")
     if kind == "succeeded":
         return Outcome(metrics=event.succeeded.metrics)

@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 import unslothd
+from support.scripted_server import Say
 from unslothd import errors
 from unslothd.v1 import model_pb2, service_pb2, training_event_pb2, training_pb2
 
@@ -151,6 +152,73 @@ def test_a_cancelled_training_raises_after_its_cancelled_event(server, say, trai
     with pytest.raises(errors.TrainingCancelled, match="after step 1") as caught:
         train(server.target)
     assert caught.value.reason == "TRAINING_CANCELLED"
+
+
+def failed_at(say: type[Say], sequence: int) -> training_event_pb2.TrainingEvent:
+    status = say.status(grpc.StatusCode.ABORTED, "WORKER_DIED", "the worker died")
+    return say.event(sequence, failed=training_event_pb2.TrainingFailed(error=status))
+
+
+def queued_at(say: type[Say], sequence: int) -> training_event_pb2.TrainingEvent:
+    changed = training_event_pb2.TrainingStateChanged(state=training_pb2.Training.STATE_QUEUED)
+    return say.event(sequence, state_changed=changed)
+
+
+def test_a_log_that_goes_on_after_a_failed_event_is_read_to_its_end(server, say):
+    server.script.on("WatchTraining", say.events(1, failed_at(say, 2), queued_at(say, 3), 4, say.succeeded(5)))
+    with unslothd.Client(server.target) as client:
+        run = client.watch(say.TRAINING)
+        assert [event.sequence for event in run] == [1, 2, 3, 4, 5]
+        assert run.result().train_loss == 0.5
+
+
+def test_a_training_that_is_brought_back_while_the_connection_is_lost_is_followed_on(server, say, train):
+    server.script.on("Train", say.events(1, failed_at(say, 2), then=say.lose()))
+    server.script.on("WatchTraining", say.events(queued_at(say, 3), 4, say.succeeded(5)))
+    assert train(server.target)[0] == [1, 2, 3, 4, 5]
+    assert [request.after_sequence for request in server.script.calls("WatchTraining")] == [2]
+
+
+def test_a_resumed_training_whose_connection_is_lost_is_not_taken_for_over(server, say):
+    server.script.on(
+        "WatchTraining",
+        say.events(1, failed_at(say, 2), queued_at(say, 3), then=say.lose()),
+        say.events(4, say.succeeded(5)),
+    )
+    with unslothd.Client(server.target) as client:
+        assert [event.sequence for event in client.watch(say.TRAINING)] == [1, 2, 3, 4, 5]
+
+
+def test_a_connection_that_is_lost_after_the_last_event_of_a_failed_training_changes_nothing(server, say, train):
+    server.script.on("Train", say.events(1, failed_at(say, 2), then=say.lose()))
+    server.script.on("WatchTraining", say.events())
+    with pytest.raises(errors.TrainingFailed, match="the worker died"):
+        train(server.target)
+
+
+def test_a_server_that_stays_away_after_the_last_event_leaves_the_known_end(server, say):
+    server.script.on("Train", say.events(1, failed_at(say, 2), then=say.lose()))
+    server.script.on("WatchTraining", *[say.lose()] * 50)
+    with unslothd.Client(server.target, reconnect_timeout=0.3) as client:
+        run = client.train("m", ROWS)
+        with pytest.raises(errors.TrainingFailed, match="the worker died"):
+            run.result()
+
+
+def test_nothing_is_waited_for_after_a_training_that_succeeded(server, say, train):
+    server.script.on("Train", say.events(1, say.succeeded(2), then=say.lose()))
+    assert train(server.target)[0] == [1, 2]
+    assert server.script.calls("WatchTraining") == []
+
+
+def test_the_error_that_ends_a_train_stream_is_the_trainings_outcome(server, say):
+    refusal = say.refuse(grpc.StatusCode.ABORTED, "WORKER_DIED", "the worker died")
+    server.script.on("Train", say.events(1, failed_at(say, 2), then=refusal))
+    with unslothd.Client(server.target) as client:
+        run = client.train("m", ROWS)
+        with pytest.raises(errors.TrainingFailed, match="the worker died"):
+            run.result()
+        assert run.last_sequence == 2
 
 
 def test_an_unreachable_hub_is_the_trainings_own_error_and_not_tried_again(server, say, train):
