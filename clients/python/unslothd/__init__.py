@@ -22,20 +22,25 @@ if TYPE_CHECKING:
     from unslothd._async_client import AsyncClient
     from unslothd._client import Client
     from unslothd._datasets import DatasetLike, HubDataset, ServerPath, UploadedDataset, dataset
+    from unslothd._download import DownloadProgress
     from unslothd._requests import GenerationOptions, LoadOptions, LoraOptions, TrainingOptions
     from unslothd._row_format import row_format
     from unslothd._runs import AsyncTextStream, AsyncTrainingRun, TextStream, TrainingRun
     from unslothd.errors import TrainingCancelled, TrainingFailed, UnslothdError
+    from unslothd.v1.artifact_pb2 import Artifact, ExportProgress
     from unslothd.v1.model_pb2 import LoadProgress, LoraConfig, Model
     from unslothd.v1.training_event_pb2 import TrainingEvent
-    from unslothd.v1.training_pb2 import Training, TrainingConfig, TrainingMetrics
+    from unslothd.v1.training_pb2 import Training, TrainingConfig, TrainingMetrics, TrainingPlan
 
 __all__ = [
+    "Artifact",
     "AsyncClient",
     "AsyncTextStream",
     "AsyncTrainingRun",
     "Client",
     "DatasetLike",
+    "DownloadProgress",
+    "ExportProgress",
     "GenerationOptions",
     "HubDataset",
     "LoadOptions",
@@ -52,6 +57,7 @@ __all__ = [
     "TrainingFailed",
     "TrainingMetrics",
     "TrainingOptions",
+    "TrainingPlan",
     "TrainingRun",
     "UnslothdError",
     "UploadedDataset",
@@ -64,14 +70,16 @@ __all__ = [
 _MODULES = {
     "unslothd._async_client": ("AsyncClient",),
     "unslothd._client": ("Client",),
+    "unslothd._download": ("DownloadProgress",),
     "unslothd._requests": ("GenerationOptions", "LoadOptions", "LoraOptions", "TrainingOptions"),
     "unslothd._datasets": ("DatasetLike", "HubDataset", "ServerPath", "UploadedDataset", "dataset"),
     "unslothd._row_format": ("row_format",),
     "unslothd._runs": ("AsyncTextStream", "AsyncTrainingRun", "TextStream", "TrainingRun"),
     "unslothd.errors": ("TrainingCancelled", "TrainingFailed", "UnslothdError"),
+    "unslothd.v1.artifact_pb2": ("Artifact", "ExportProgress"),
     "unslothd.v1.model_pb2": ("LoadProgress", "LoraConfig", "Model"),
     "unslothd.v1.training_event_pb2": ("TrainingEvent",),
-    "unslothd.v1.training_pb2": ("Training", "TrainingConfig", "TrainingMetrics"),
+    "unslothd.v1.training_pb2": ("Training", "TrainingConfig", "TrainingMetrics", "TrainingPlan"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import grpc
 
-from unslothd import _base, _flows, _requests
+from unslothd import _artifacts, _base, _download, _flows, _requests
+from unslothd._artifacts import DownloadSource, ExportFormatName, ExportSource
 from unslothd._datasets import DatasetLike
+from unslothd._download import DownloadProgress
 from unslothd._drive import AsyncDriver, Transport
 from unslothd._requests import DisconnectPolicyName, LoraOptions, ModelLike, Prompt, TrainingLike, TrainingState
 from unslothd._row_format import Layout
 from unslothd._runs import AsyncTextStream, AsyncTrainingRun
-from unslothd.v1 import model_pb2, service_pb2, training_pb2
+from unslothd.v1 import artifact_pb2, model_pb2, service_pb2, training_pb2
 from unslothd.v1.dataset_pb2 import RowFormat
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 
@@ -195,6 +199,51 @@ class AsyncClient(_base.BaseClient):
         driver = AsyncDriver(self._train_flow(request, cursor), self._transport)
         return AsyncTrainingRun(self, cursor, driver, first=await anext(driver), raises=True)
 
+    async def plan(
+        self,
+        model: ModelLike,
+        train_dataset: DatasetLike,
+        eval_dataset: DatasetLike | None = None,
+        *,
+        measure: bool = False,
+        preview_rows: int = 3,
+        row_format: Layout | RowFormat | None = None,
+        template: str = "",
+        training_config: training_pb2.TrainingConfig | None = None,
+        **options: Unpack[_requests.TrainingOptions],
+    ) -> training_pb2.TrainingPlan:
+        """Works out what `train` would do with the same arguments, without doing it.
+
+        Args:
+            model: A loaded model or its id.
+            train_dataset: Rows to train on: whatever `unslothd.dataset` accepts.
+            eval_dataset: Rows to evaluate on; optional.
+            measure: Run a short probe on the device, for memory and speed.
+            preview_rows: So many of the first rows as the model sees them, 1 to 100.
+            row_format: Layout of the rows by name, or what `unslothd.row_format` returns; None = detected.
+            template: Text with {column} places, in place of row_format.
+            training_config: Overrides of the prepared config as a message; `options` win over it.
+            **options: Overrides of the prepared config by name, e.g. max_steps=100.
+
+        Returns:
+            Config, rows, tokens, steps, memory, warnings, and rows with the characters that carry loss.
+
+        Raises:
+            InvalidRequest: Fields or rows are wrong. FailedPrecondition: MODEL_BUSY while a training runs on the model.
+        """
+        request = _requests.plan(
+            model,
+            train_dataset,
+            eval_dataset,
+            row_format=row_format,
+            template=template,
+            training_config=training_config,
+            measure=measure,
+            preview_rows=preview_rows,
+            options=options,
+        )
+        return (await self._call(self._unary_flow("PlanTraining", request, slow=True))).plan
+
     def watch(self, training: TrainingLike, *, after_sequence: int = 0) -> AsyncTrainingRun:
         """Reads the events of a training, the past ones first.
 
@@ -207,6 +256,34 @@ class AsyncClient(_base.BaseClient):
         cursor = _flows.Cursor(_requests.training_id(training), after_sequence)
         driver = AsyncDriver(self._watch_flow(cursor), self._transport)
         return AsyncTrainingRun(self, cursor, driver, raises=False)
+
+    async def pause(self, training: TrainingLike) -> training_pb2.Training:
+        """Asks a training to save at the next step boundary and to free its device; returns it as it is then.
+
+        Raises:
+            FailedPrecondition: TRAINING_STATE: it is over.
+        """
+        request = service_pb2.PauseTrainingRequest(training_id=_requests.training_id(training))
+        return (await self._call(self._unary_flow("PauseTraining", request))).training
+
+    async def resume(self, training: TrainingLike, *, checkpoint_step: int = 0) -> AsyncTrainingRun:
+        """Goes on with a paused, failed or cancelled training and returns it, to be iterated for what happens from now.
+
+        Args:
+            training: Training or its id.
+            checkpoint_step: Step of the checkpoint to go on from; later ones are removed. 0 = the newest.
+
+        Returns:
+            The training. Iterating it raises TrainingFailed or TrainingCancelled after the last event of a training
+            that ended so. `last_sequence` is that of the last event before.
+
+        Raises:
+            NotFound: No such training, or no such checkpoint. FailedPrecondition, AlreadyExists, ResourceExhausted: see
+                `reason`.
+        """
+        cursor = await self._call(self._resume_flow(training, checkpoint_step))
+        driver = AsyncDriver(self._watch_flow(cursor), self._transport)
+        return AsyncTrainingRun(self, cursor, driver, raises=True)
 
     async def get_training(self, training: TrainingLike) -> training_pb2.Training:
         """Returns a training as it is now."""
@@ -256,6 +333,80 @@ class AsyncClient(_base.BaseClient):
         return AsyncTextStream(
             AsyncDriver(_flows.generate(_requests.generate(model, prompt, options)), self._transport)
         )
+
+    async def export(
+        self,
+        source: ExportSource,
+        format: ExportFormatName,
+        *,
+        gguf_quantization: str = "",
+        output_dir: str = "",
+        on_progress: Callable[[artifact_pb2.ExportProgress], None] | None = None,
+    ) -> artifact_pb2.Artifact:
+        """Writes a model in another form on the server and waits until it is done; `download` fetches the files.
+
+        Args:
+            source: A loaded model, a training (its result), or (training, step) for one of its checkpoints; each as a
+                message or by its id.
+            format: "adapter", "merged_16bit", "merged_4bit" or "gguf"; `server_info().limits.export_formats` has those
+                that this server can write.
+            gguf_quantization: Only with "gguf": "q4_k_m", "q8_0", "f16" and so on; empty = "q8_0".
+            output_dir: Folder below the server's output root; empty = a free name.
+            on_progress: Called with each step of the export.
+
+        Raises:
+            NotFound: No such model, training or checkpoint. FailedPrecondition: MODEL_BUSY, or EXPORT_UNSUPPORTED.
+            AlreadyExists: OUTPUT_DIR_TAKEN. ResourceExhausted: DISK_FULL.
+            Unavailable: The connection was lost. The export goes on without it.
+        """
+        request = _artifacts.export_request(source, format, gguf_quantization, output_dir)
+        driver = AsyncDriver(_artifacts.export(request), self._transport)
+        async for progress in driver:
+            if on_progress is not None:
+                on_progress(progress)
+        return driver.result
+
+    async def download(
+        self,
+        source: DownloadSource,
+        folder: str | PathLike[str],
+        *,
+        names: Sequence[str] = (),
+        overwrite: bool = False,
+        on_progress: Callable[[DownloadProgress], None] | None = None,
+    ) -> list[Path]:
+        """Downloads files into a folder here, checks their hashes, and returns their paths.
+
+        A file is called "<name>.part" until it is whole. What is here already is not written again, and a broken
+        download goes on where it stopped, in this call or in the next one.
+
+        Args:
+            source: An artifact, a training (its result), or (training, step) for one of its checkpoints; each as a
+                message or by its id.
+            folder: Where to; made when it does not exist. Nothing is written outside of it.
+            names: Only these files.
+            overwrite: Replace files of the same name and other content.
+            on_progress: Called whenever more of a file is here.
+
+        Raises:
+            NotFound: No such artifact, training, checkpoint or file.
+            FileExistsError: A file of the same name and other content is here; see `overwrite`.
+            ResourceExhausted: The disk here is full. What has come is kept.
+            PermissionDenied: A file's name leads out of the folder.
+            UnslothdError: With code DATA_LOSS: the bytes do not have the hash that the server told.
+            Unavailable: The connection was lost for longer than reconnect_timeout.
+        """
+        flow = _download.download(
+            source, names, _download.Folder(Path(folder), overwrite=overwrite), self._stream_retry()
+        )
+        driver = AsyncDriver(flow, self._transport)
+        try:
+            async for progress in driver:
+                if on_progress is not None:
+                    on_progress(progress)
+            return driver.result
+        finally:
+            driver.close()
 
     async def _call(self, flow: _flows.Flow[Any, ResultT]) -> ResultT:
         return await AsyncDriver(flow, self._transport).run()

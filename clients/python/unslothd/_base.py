@@ -68,12 +68,15 @@ class BaseClient:
     def _stream_retry(self) -> Retry:
         return Retry(self._peer, self.reconnect_timeout)
 
+    def _unary_retry(self) -> Retry:
+        return Retry(self._peer, min(self.timeout, self.reconnect_timeout), first_contact=0.0)
+
     def _unary_flow(
         self, method: str, request: Message, *, slow: bool = False, repeatable: bool = True
     ) -> _flows.Flow[Any, Any]:
         timeout = max(self.timeout, _SLOW_TIMEOUT) if slow else self.timeout
-        patience = min(self.timeout, self.reconnect_timeout) if repeatable else 0.0
-        return _flows.unary(method, request, timeout, Retry(self._peer, patience, first_contact=0.0))
+        retry = self._unary_retry() if repeatable else Retry(self._peer, 0.0, first_contact=0.0)
+        return _flows.unary(method, request, timeout, retry)
 
     def _load_flow(
         self, model_name: str, request_id: str | None, options: _requests.LoadOptions
@@ -86,6 +89,12 @@ class BaseClient:
     def _watch_flow(self, cursor: _flows.Cursor) -> _flows.Flow[Any, _flows.Outcome]:
         return _flows.watch(cursor, self._stream_retry(), self.timeout)
 
+    def _resume_flow(self, training: _requests.TrainingLike, checkpoint_step: int) -> _flows.Flow[Any, _flows.Cursor]:
+        request = service_pb2.ResumeTrainingRequest(
+            training_id=_requests.training_id(training), checkpoint_step=checkpoint_step
+        )
+        return _flows.resume(request, self.timeout, self._unary_retry())
+
     def _list_trainings_flow(
         self,
         model: _requests.ModelLike | None,
@@ -94,5 +103,4 @@ class BaseClient:
         limit: int | None,
     ) -> _flows.Flow[Any, Any]:
         request = _requests.list_trainings(model, states, labels, min(limit or 1000, 1000))
-        retry = Retry(self._peer, min(self.timeout, self.reconnect_timeout), first_contact=0.0)
-        return _flows.list_trainings(request, limit, self.timeout, retry)
+        return _flows.list_trainings(request, limit, self.timeout, self._unary_retry())

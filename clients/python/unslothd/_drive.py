@@ -49,7 +49,7 @@ class _Driver(Generic[ItemT, ResultT]):
         self._flow = flow
         self._transport = transport
         self._reply: Any = None
-        self._error: errors.UnslothdError | None = None
+        self._error: errors.UnslothdError | OSError | None = None
         self._stream: Any = None
         self._result: ResultT | None = None
         self._finished = False
@@ -118,6 +118,8 @@ class SyncDriver(_Driver[ItemT, ResultT]):
                 self._reply = self._perform(operation)
             except grpc.RpcError as error:
                 self._error = self._transport.translated(error)
+            except (errors.UnslothdError, OSError) as error:  # of a Blocking
+                self._error = error
         raise StopIteration
 
     def run(self) -> ResultT:
@@ -139,6 +141,8 @@ class SyncDriver(_Driver[ItemT, ResultT]):
                 return self._cancel_stream()
             case _flows.Sleep():
                 return time.sleep(operation.seconds)
+            case _flows.Blocking():
+                return operation.call()
 
 
 class AsyncDriver(_Driver[ItemT, ResultT]):
@@ -155,6 +159,8 @@ class AsyncDriver(_Driver[ItemT, ResultT]):
                 self._reply = await self._perform(operation)
             except grpc.RpcError as error:
                 self._error = self._transport.translated(error)
+            except (errors.UnslothdError, OSError) as error:  # of a Blocking
+                self._error = error
         raise StopAsyncIteration
 
     async def run(self) -> ResultT:
@@ -178,3 +184,5 @@ class AsyncDriver(_Driver[ItemT, ResultT]):
                 return self._cancel_stream()
             case _flows.Sleep():
                 return await asyncio.sleep(operation.seconds)
+            case _flows.Blocking():
+                return await asyncio.to_thread(operation.call)

@@ -5,7 +5,7 @@ or throws the `UnslothdError` that came of it. So the synchronous and the asynch
 logic of re-attaching, and tests can run it without a server.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -56,13 +56,20 @@ class Sleep:
 
 
 @dataclass(frozen=True)
+class Blocking:
+    """Call this, which may wait for a disk; what it returns is sent back."""
+
+    call: Callable[[], Any]
+
+
+@dataclass(frozen=True)
 class Emit(Generic[ItemT]):
     """Hand this to the user; nothing is sent back."""
 
     item: ItemT
 
 
-Operation: TypeAlias = Unary | OpenStream | Next | CloseStream | Sleep
+Operation: TypeAlias = Unary | OpenStream | Next | CloseStream | Sleep | Blocking
 # What is sent back differs from operation to operation; each flow knows what it asked for.
 Flow: TypeAlias = Generator[Operation | Emit[ItemT], Any, ResultT]
 
@@ -189,8 +196,16 @@ def watch(cursor: Cursor, retry: Retry, timeout: float | None) -> Flow[training_
             return _known(cursor)
 
 
+def resume(request: service_pb2.ResumeTrainingRequest, timeout: float | None, retry: Retry) -> Flow[Any, Cursor]:
+    """Goes on with a training and returns the cursor before the first event of that."""
+    look = service_pb2.GetTrainingRequest(training_id=request.training_id)
+    before = yield from unary("GetTraining", look, timeout, retry)
+    yield from unary("ResumeTraining", request, timeout, retry)
+    return Cursor(request.training_id, before.training.last_sequence)
+
+
 def _read(cursor: Cursor, retry: Retry) -> Flow[training_event_pb2.TrainingEvent, errors.UnslothdError | None]:
-    """Emits what is new in the open stream; returns why it is to be taken up again, or None: it ended as the log does."""
+    """Emits what is new in the open stream; returns why it is to be taken up again, or None when the log ends there."""
     try:
         while (message := (yield Next())) is not None:
             event: training_event_pb2.TrainingEvent = message.event

@@ -212,6 +212,28 @@ def train(
     return request
 
 
+def plan(
+    model: ModelLike,
+    train_dataset: _datasets.DatasetLike,
+    eval_dataset: _datasets.DatasetLike | None,
+    *,
+    row_format: Any,
+    template: str,
+    training_config: training_pb2.TrainingConfig | None,
+    measure: bool,
+    preview_rows: int,
+    options: TrainingOptions,
+) -> service_pb2.PlanTrainingRequest:
+    """Returns the request for PlanTraining."""
+    request = service_pb2.PlanTrainingRequest(model_id=model_id(model), measure=measure, preview_rows=preview_rows)
+    request.train_dataset.CopyFrom(_dataset(train_dataset, row_format, template))
+    if eval_dataset is not None:
+        request.eval_dataset.CopyFrom(_dataset(eval_dataset, row_format, template))
+    if training_config is not None or options:
+        request.training_config.CopyFrom(config(training_config, options))
+    return request
+
+
 def _dataset(data: _datasets.DatasetLike, row_format: Any, template: str) -> Any:
     return _datasets.dataset(data, row_format=row_format, template=template)
 

@@ -93,6 +93,8 @@ class TrainingRun(_Run):
     def result(self) -> TrainingMetrics:
         """Waits for the end, drops the events on the way, and returns the final figures.
 
+        While the training is paused it waits on, until somebody resumes or cancels it.
+
         Raises:
             TrainingFailed: It failed.
             TrainingCancelled: It was stopped on request.
@@ -106,6 +108,13 @@ class TrainingRun(_Run):
     def cancel(self, *, save_checkpoint: bool = True) -> Training:
         """Asks the training to stop at the next step boundary; the events go on up to the cancelled one."""
         return self._client.cancel(self.training_id, save_checkpoint=save_checkpoint)
+
+    def pause(self) -> Training:
+        """Asks the training to save at the next step boundary and to free its device.
+
+        The events go on when it is resumed; to leave until then, close the run and `Client.resume` later.
+        """
+        return self._client.pause(self.training_id)
 
     def close(self) -> None:
         """Stops reading."""
@@ -161,6 +170,10 @@ class AsyncTrainingRun(_Run):
     async def cancel(self, *, save_checkpoint: bool = True) -> Training:
         """As TrainingRun.cancel."""
         return await self._client.cancel(self.training_id, save_checkpoint=save_checkpoint)
+
+    async def pause(self) -> Training:
+        """As TrainingRun.pause."""
+        return await self._client.pause(self.training_id)
 
     def close(self) -> None:
         """Stops reading."""

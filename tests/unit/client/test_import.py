@@ -54,11 +54,14 @@ def test_the_contract_alone_does_not_import_the_client():
 
 def test_the_public_names_are_these():
     assert unslothd.__all__ == [
+        "Artifact",
         "AsyncClient",
         "AsyncTextStream",
         "AsyncTrainingRun",
         "Client",
         "DatasetLike",
+        "DownloadProgress",
+        "ExportProgress",
         "GenerationOptions",
         "HubDataset",
         "LoadOptions",
@@ -75,6 +78,7 @@ def test_the_public_names_are_these():
         "TrainingFailed",
         "TrainingMetrics",
         "TrainingOptions",
+        "TrainingPlan",
         "TrainingRun",
         "UnslothdError",
         "UploadedDataset",

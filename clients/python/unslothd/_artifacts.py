@@ -1,0 +1,66 @@
+"""Names what is exported or downloaded: a loaded model, an artifact, a training's result or one of its checkpoints."""
+
+import re
+from typing import Literal, TypeAlias, cast
+
+from unslothd import _requests, errors
+from unslothd._flows import CloseStream, Emit, Flow, Next, OpenStream
+from unslothd._requests import ModelLike, TrainingLike
+from unslothd.v1 import artifact_pb2, model_pb2, service_pb2
+
+ExportFormatName: TypeAlias = Literal["adapter", "merged_16bit", "merged_4bit", "gguf"]
+CheckpointLike: TypeAlias = tuple[TrainingLike, int]
+ExportSource: TypeAlias = ModelLike | TrainingLike | CheckpointLike
+DownloadSource: TypeAlias = artifact_pb2.Artifact | TrainingLike | CheckpointLike
+
+# Ids of models and artifacts never look like this one.
+_TRAINING_ID = re.compile(r"training-\d{8}-\d{6}-[0-9a-z]{6}")
+
+
+def checkpoint(source: "DownloadSource | ExportSource") -> artifact_pb2.TrainingCheckpoint | None:
+    """Returns the checkpoint (step 0 = the final adapter) that is meant, or None for a model or an artifact."""
+    if isinstance(source, tuple):
+        training, step = source
+        return artifact_pb2.TrainingCheckpoint(training_id=_requests.training_id(training), step=step)
+    if isinstance(source, str) and not _TRAINING_ID.fullmatch(source):
+        return None
+    if isinstance(source, model_pb2.Model | artifact_pb2.Artifact):
+        return None
+    return artifact_pb2.TrainingCheckpoint(training_id=_requests.training_id(source))
+
+
+def export_request(
+    source: ExportSource, format: ExportFormatName, gguf_quantization: str, output_dir: str
+) -> service_pb2.ExportModelRequest:
+    """Returns the request for ExportModel.
+
+    Raises:
+        InvalidRequest: An unknown format.
+    """
+    request = service_pb2.ExportModelRequest(gguf_quantization=gguf_quantization, output_dir=output_dir)
+    _requests.filled(request, "", {"format": format})
+    if (found := checkpoint(source)) is not None:
+        request.checkpoint.CopyFrom(found)
+    else:
+        request.model_id = _requests.model_id(cast(ModelLike, source))
+    return request
+
+
+def download_request(source: DownloadSource) -> service_pb2.DownloadArtifactRequest:
+    """Returns the request for all files of a source."""
+    if (found := checkpoint(source)) is not None:
+        return service_pb2.DownloadArtifactRequest(checkpoint=found)
+    artifact = cast(artifact_pb2.Artifact | str, source)
+    artifact_id = artifact if isinstance(artifact, str) else artifact.artifact_id
+    return service_pb2.DownloadArtifactRequest(artifact_id=artifact_id)
+
+
+def export(request: service_pb2.ExportModelRequest) -> Flow[artifact_pb2.ExportProgress, artifact_pb2.Artifact]:
+    """Emits the progress of an export and returns the artifact. Not repeated after a loss: a second one would begin."""
+    yield OpenStream("ExportModel", request)
+    while (message := (yield Next())) is not None:
+        if message.HasField("artifact"):
+            yield CloseStream()
+            return message.artifact
+        yield Emit(message.progress)
+    raise errors.Unavailable("ExportModel ended before its last message")
