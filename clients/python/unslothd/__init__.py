@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from unslothd._client import Client
     from unslothd._datasets import DatasetLike, HubDataset, ServerPath, UploadedDataset, dataset
     from unslothd._download import DownloadProgress
+    from unslothd._receipt import Finding, ReceiptError, read_receipt, verify_receipt
     from unslothd._requests import GenerationOptions, LoadOptions, LoraOptions, TrainingOptions
     from unslothd._row_format import row_format
     from unslothd._runs import AsyncTextStream, AsyncTrainingRun, TextStream, TrainingRun
@@ -41,6 +42,7 @@ __all__ = [
     "DatasetLike",
     "DownloadProgress",
     "ExportProgress",
+    "Finding",
     "GenerationOptions",
     "HubDataset",
     "LoadOptions",
@@ -48,6 +50,7 @@ __all__ = [
     "LoraConfig",
     "LoraOptions",
     "Model",
+    "ReceiptError",
     "ServerPath",
     "TextStream",
     "Training",
@@ -64,13 +67,16 @@ __all__ = [
     "__version__",
     "dataset",
     "errors",
+    "read_receipt",
     "row_format",
+    "verify_receipt",
 ]
 
 _MODULES = {
     "unslothd._async_client": ("AsyncClient",),
     "unslothd._client": ("Client",),
     "unslothd._download": ("DownloadProgress",),
+    "unslothd._receipt": ("Finding", "ReceiptError", "read_receipt", "verify_receipt"),
     "unslothd._requests": ("GenerationOptions", "LoadOptions", "LoraOptions", "TrainingOptions"),
     "unslothd._datasets": ("DatasetLike", "HubDataset", "ServerPath", "UploadedDataset", "dataset"),
     "unslothd._row_format": ("row_format",),

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from unslothd import _artifacts, _base, _download, _flows, _requests
+from unslothd import _artifacts, _base, _download, _flows, _receipt, _requests
 from unslothd._artifacts import DownloadSource, ExportFormatName, ExportSource
 from unslothd._datasets import DatasetLike
 from unslothd._download import DownloadProgress
@@ -402,6 +402,27 @@ class Client(_base.BaseClient):
             return driver.result
         finally:
             driver.close()
+
+    def verify_receipt(
+        self, training: TrainingLike, *, data: str | PathLike[str] | None = None
+    ) -> list[_receipt.Finding]:
+        """Checks a training's result on the server against its receipt, by the hashes that the server tells.
+
+        Args:
+            training: Training or its id.
+            data: File here that it was trained on.
+
+        Returns:
+            What differs; empty when everything is as the receipt says. `unslothd.verify_receipt` checks a folder here,
+            and notices files that the receipt does not name, too.
+
+        Raises:
+            NotFound: No such training, or it has no receipt.
+            ReceiptError: The receipt is damaged, or of a version that this client does not know.
+        """
+        flow = _receipt.verify_on_server(_requests.training_id(training), self._stream_retry())
+        receipt, findings = self._call(flow)
+        return [*findings, *_receipt.verify_data(receipt, data)]
 
     def _call(self, flow: _flows.Flow[Any, ResultT]) -> ResultT:
         return SyncDriver(flow, self._transport).run()

@@ -55,11 +55,9 @@ class Folder:
         Raises:
             PermissionDenied: The name would lead out of the folder.
         """
-        parts = PurePosixPath(name).parts
-        legal = bool(parts) and name == "/".join(parts) and not {"..", "/"} & set(parts)
-        if not legal or any(character in name for character in "\\:\0"):
+        if not stays_inside(name):
             raise _outside(name, self.root)
-        path = self.root.joinpath(*parts)
+        path = self.root.joinpath(*name.split("/"))
         if not path.parent.resolve().is_relative_to(self.root.resolve()):
             raise _outside(name, self.root)
         return path
@@ -257,6 +255,13 @@ class _Transfer:
             )
         self._dropped.add(name)  # what was here before belonged to another file
         return False
+
+
+def stays_inside(name: str) -> bool:
+    """True for a name that is a plain path below any folder, on every system."""
+    parts = PurePosixPath(name).parts
+    plain = bool(parts) and name == "/".join(parts) and not {"..", "/"} & set(parts)
+    return plain and not any(character in name for character in "\\:\0")
 
 
 def file_sha256(path: Path) -> str:

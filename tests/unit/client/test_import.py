@@ -62,6 +62,7 @@ def test_the_public_names_are_these():
         "DatasetLike",
         "DownloadProgress",
         "ExportProgress",
+        "Finding",
         "GenerationOptions",
         "HubDataset",
         "LoadOptions",
@@ -69,6 +70,7 @@ def test_the_public_names_are_these():
         "LoraConfig",
         "LoraOptions",
         "Model",
+        "ReceiptError",
         "ServerPath",
         "TextStream",
         "Training",
@@ -85,7 +87,9 @@ def test_the_public_names_are_these():
         "__version__",
         "dataset",
         "errors",
+        "read_receipt",
         "row_format",
+        "verify_receipt",
     ]
     for name in unslothd.__all__:
         assert getattr(unslothd, name) is not None
