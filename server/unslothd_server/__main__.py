@@ -11,19 +11,20 @@ import structlog
 import typer
 
 from unslothd._version import __version__
-from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd_server.app.dataset_store import DatasetStore
+from unslothd_server.app.datasets import Datasets
 from unslothd_server.app.models import Models
 from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.app.service import Service
 from unslothd_server.app.training_store import TrainingStore
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.config import ConfigError, Settings, load_settings
-from unslothd_server.errors import NotFoundError
 from unslothd_server.home_lock import HomeLock, HomeTakenError
 from unslothd_server.rpc.server import RpcServer
 from unslothd_server.workers.devices import HostDevices
 from unslothd_server.workers.launcher import WORKER_COMMAND, LocalLauncher
 from unslothd_server.workers.liveness import kill_session
+from unslothd_server.workers.row_checker import SubprocessRowChecker
 
 _GRACE_SECONDS = 5.0
 
@@ -132,10 +133,13 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_
 async def build_service(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_COMMAND) -> Service:
     """Puts the parts together, and brings the state of an earlier server up to date."""
     roots = AllowedRoots([*settings.model_roots, settings.output_root])
+    datasets = Datasets(
+        DatasetStore(settings.home / "datasets"), SubprocessRowChecker(), max_bytes=settings.max_dataset_bytes
+    )
     trainings = Trainings(
         TrainingStore(settings.home / "trainings", settings.output_root),
         roots,
-        _no_stored_rows,
+        datasets.rows_of,
         max_queued=settings.max_queued_trainings,
         heartbeat_seconds=settings.heartbeat_seconds,
     )
@@ -154,18 +158,12 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
         result_of=trainings.result_of,
     )
     return Service(
+        datasets,
         models,
         trainings,
         max_message_bytes=settings.max_message_bytes,
         max_loaded_models=settings.max_loaded_models,
         max_queued_trainings=settings.max_queued_trainings,
-    )
-
-
-def _no_stored_rows(dataset_id: str) -> Path:
-    raise NotFoundError(
-        ErrorReason.ERROR_REASON_DATASET_NOT_FOUND,
-        f'No dataset "{dataset_id}" is stored. Send the rows inline, or name a path on the server.',
     )
 
 

@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024 * 1024
+GIB = 1024 * MIB
 
 
 class ConfigError(Exception):
@@ -46,6 +47,7 @@ class Settings(BaseSettings):
     )
     trust_remote_code: bool = Field(default=False, description="Run code that model repositories bring along.")
     max_message_bytes: int = Field(default=10 * MIB, ge=MIB, le=64 * MIB)
+    max_dataset_bytes: int = Field(default=50 * GIB, ge=MIB)
     max_loaded_models: int = Field(default=8, ge=1, le=1000)
     max_queued_trainings: int = Field(default=100, ge=1, le=100_000)
     heartbeat_seconds: float = Field(default=5.0, gt=0, le=60)

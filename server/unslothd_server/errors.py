@@ -2,7 +2,7 @@
 
     UnslothdError
     ├── InvalidFieldsError          one or more fields of a request
-    ├── DatasetError                rows that cannot be trained on: DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW
+    ├── DatasetError                rows that cannot be trained on or stored: DATASET_ROW and the like
     ├── NotFoundError               a model, a training, a dataset or the source of one
     ├── PreconditionError           right call, wrong moment
     ├── AlreadyExistsError          request_id or output_dir is taken

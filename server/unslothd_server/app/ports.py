@@ -1,8 +1,11 @@
-"""What the app needs of the outside: worker processes and devices, as it sees them."""
+"""What the app needs of the outside: worker processes, devices and a checker of rows, as it sees them."""
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from unslothd.v1.dataset_pb2 import DataFormat
 from unslothd.v1.model_pb2 import Model
 from unslothd.v1.server_info_pb2 import Device
 from unslothd.v1.training_event_pb2 import TrainingEvent
@@ -85,4 +88,54 @@ class Devices(Protocol):
 
     def list(self) -> list[Device]:
         """All devices with their memory now; model_ids are left empty. The CPU alone when there is no GPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowsFound:
+    """Rows that can be used.
+
+    Args:
+        num_rows: How many, at least 1.
+        columns: Their names, in the order of the data.
+    """
+
+    num_rows: int
+    columns: list[str]
+
+
+class RowCheck(Protocol):
+    """The check of one file that still grows."""
+
+    @property
+    def over(self) -> bool:
+        """True once the verdict is there: before `end` only when it is bad."""
+        ...
+
+    def grown(self, num_bytes: int) -> None:
+        """Tells how many bytes of the file are there."""
+        ...
+
+    def end(self) -> None:
+        """Tells that all bytes are there."""
+        ...
+
+    async def verdict(self) -> RowsFound:
+        """Waits for what was found.
+
+        Raises:
+            DatasetError: DATASET_ROW with a violation for each bad row, DATASET_EMPTY or DATASET_DAMAGED.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends the check, whatever it is doing. Repeatable."""
+        ...
+
+
+class RowChecker(Protocol):
+    """Starts checks."""
+
+    async def start(self, rows: Path, data_format: "DataFormat.ValueType") -> RowCheck:
+        """Starts the check of a file that is still empty. Raises OSError when the host has no room for it."""
         ...

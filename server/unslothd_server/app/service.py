@@ -7,6 +7,7 @@ from unslothd._version import __version__
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.server_info_pb2 import ServerLimits
 from unslothd.v1.service_pb2 import GetServerInfoResponse
+from unslothd_server.app.datasets import Datasets
 from unslothd_server.app.models import Models
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.errors import PreconditionError, UnavailableError
@@ -20,6 +21,7 @@ class Service:
     """What the RPCs call.
 
     Args:
+        datasets: Uploaded datasets.
         models: Loaded models.
         trainings: Trainings and their queues.
         max_message_bytes: Largest request.
@@ -27,6 +29,7 @@ class Service:
         max_queued_trainings: Most trainings that wait on one model.
     """
 
+    datasets: Datasets
     models: Models
     trainings: Trainings
     max_message_bytes: int
@@ -41,11 +44,20 @@ class Service:
             devices=self.models.devices(),
             limits=ServerLimits(
                 max_message_bytes=self.max_message_bytes,
+                max_dataset_bytes=self.datasets.max_bytes,
                 max_inline_bytes=MAX_INLINE_BYTES,
                 max_loaded_models=self.max_loaded_models,
                 max_queued_trainings=self.max_queued_trainings,
             ),
         )
+
+    async def delete_dataset(self, dataset_id: str) -> None:
+        """Removes a dataset.
+
+        Raises:
+            PreconditionError: DATASET_IN_USE, while a training that is not over reads it.
+        """
+        await self.datasets.delete(dataset_id, self.trainings.users_of_dataset(dataset_id))
 
     async def unload(self, model_id: str, *, force: bool) -> int:
         """Unloads a model; returns the bytes that its device has back.

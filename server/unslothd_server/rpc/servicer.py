@@ -65,6 +65,29 @@ class UnslothServicer(UnslothServiceServicer):
         freed = await self._service.unload(request.model_id, force=request.force)
         return pb.UnloadModelResponse(freed_memory_bytes=freed)
 
+    # --- datasets ---
+
+    async def UploadDataset(  # pyright: ignore[reportIncompatibleMethodOverride] - the stub has both kinds of iterator
+        self, request: AsyncIterator[pb.UploadDatasetRequest], context: Context
+    ) -> pb.UploadDatasetResponse:
+        """Stores rows, unless they are there already."""
+        dataset, already_present = await self._service.datasets.receive(request)
+        return pb.UploadDatasetResponse(dataset=dataset, already_present=already_present)
+
+    async def GetDataset(self, request: pb.GetDatasetRequest, context: Context) -> pb.GetDatasetResponse:
+        """One dataset."""
+        return pb.GetDatasetResponse(dataset=self._service.datasets.get(request.dataset_id))
+
+    async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> pb.ListDatasetsResponse:
+        """A page of datasets."""
+        datasets, token = self._service.datasets.list_page(request)
+        return pb.ListDatasetsResponse(datasets=datasets, next_page_token=token)
+
+    async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> pb.DeleteDatasetResponse:
+        """Removes a dataset that no training needs."""
+        await self._service.delete_dataset(request.dataset_id)
+        return pb.DeleteDatasetResponse()
+
     # --- trainings ---
 
     async def Train(self, request: pb.TrainRequest, context: Context) -> AsyncIterator[pb.TrainResponse]:
@@ -127,24 +150,6 @@ class UnslothServicer(UnslothServiceServicer):
                 yield pb.GenerateResponse(text=part.text)
 
     # --- in the contract, served by a later version ---
-
-    async def UploadDataset(  # pyright: ignore[reportIncompatibleMethodOverride] - the stub has both kinds of iterator
-        self, request: AsyncIterator[pb.UploadDatasetRequest], context: Context
-    ) -> pb.UploadDatasetResponse:
-        """Not served yet."""
-        raise NotImplementedYetError("UploadDataset (send rows inline or name a path on the server instead)")
-
-    async def GetDataset(self, request: pb.GetDatasetRequest, context: Context) -> pb.GetDatasetResponse:
-        """Not served yet."""
-        raise NotImplementedYetError("GetDataset")
-
-    async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> pb.ListDatasetsResponse:
-        """Not served yet."""
-        raise NotImplementedYetError("ListDatasets")
-
-    async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> pb.DeleteDatasetResponse:
-        """Not served yet."""
-        raise NotImplementedYetError("DeleteDataset")
 
     async def PlanTraining(self, request: pb.PlanTrainingRequest, context: Context) -> pb.PlanTrainingResponse:
         """Not served yet."""

@@ -54,9 +54,6 @@ def test_reflection_lists_the_service(server: RunningServer):
 
 
 LATER = {
-    "GetDataset": pb.GetDatasetRequest(dataset_id="sha256:" + "0" * 64),
-    "ListDatasets": pb.ListDatasetsRequest(),
-    "DeleteDataset": pb.DeleteDatasetRequest(dataset_id="sha256:" + "0" * 64),
     "PlanTraining": pb.PlanTrainingRequest(model_id="m", train_dataset=inline([{"text": "a"}])),
     "PauseTraining": pb.PauseTrainingRequest(training_id="t"),
     "ResumeTraining": pb.ResumeTrainingRequest(training_id="t"),
@@ -70,12 +67,6 @@ def test_what_a_later_version_serves_is_unimplemented_with_a_clear_text(name: st
     error = error_of(lambda: getattr(stub, name)(LATER[name], timeout=CALL_SECONDS))
     assert (error.code, error.reason) == ("UNIMPLEMENTED", "NOT_IMPLEMENTED")
     assert name in error.message
-
-
-def test_uploading_is_unimplemented_with_a_clear_text(stub: UnslothServiceStub):
-    chunks = iter([pb.UploadDatasetRequest(chunk=b"x")])
-    error = error_of(lambda: stub.UploadDataset(chunks, timeout=CALL_SECONDS))
-    assert (error.code, error.reason) == ("UNIMPLEMENTED", "NOT_IMPLEMENTED")
 
 
 def test_a_message_of_20_mib_is_refused_with_the_limit(stub: UnslothServiceStub):
