@@ -77,8 +77,10 @@ class UnslothEngine:
     def export(
         self, request: ExportModelRequest, report: Callable[[ExportProgress], None], cancelled: Event
     ) -> Artifact:
-        """Writes the model in another form."""
-        raise NotImplementedYetError("ExportModel")
+        """Writes the model in another form; see `export.export` for what it raises."""
+        from unslothd_server.engine import export
+
+        return export.export(self._require_loaded(), request, report, cancelled)
 
     def generate(self, request: GenerateRequest, cancelled: Event) -> Iterator[str | GenerateSummary]:
         """Yields text as it comes and the summary at the end; see `generation.generate`."""
