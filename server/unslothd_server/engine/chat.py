@@ -1,27 +1,22 @@
-"""Chat rows: turns of either style made plain, rendered by the tokenizer's template, and the answers' places found."""
+"""Conversations rendered with a chat template, and the characters of them that an assistant wrote."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-Turn = dict[str, Any]
+from unslothd_server.engine.turns import BadTurnsError, Tool, Turn, says_nothing
+
 Span = tuple[int, int]
-
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}
+# Characters for private use: at least one of them is in no text.
+PRIVATE_USE = range(0xE000, 0xF900)
 
 
-class BadTurnsError(ValueError):
-    """The turns of a row cannot be used; the text says why."""
+class Render(Protocol):
+    """Renders turns with a chat template; raises what the template raises."""
+
+    def __call__(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
+        """Returns the text, which ends where an assistant begins to write if add_generation_prompt."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,123 +25,204 @@ class ChatText:
 
     Args:
         text: What the template made of it.
-        answers: Character ranges of `text` that are assistant turns, their end-of-turn text included where the
-            template ends a turn before the next begins.
+        answers: Character ranges of `text`, one for each turn that is learnt: all that the model has to write there,
+            from the end of the generation prompt to the end of the turn.
+        marked: True when the template itself marked the answers: then they are exactly what is learnt.
     """
 
     text: str
     answers: list[Span]
+    marked: bool = False
 
 
-def plain_turns(value: object, column: str) -> list[Turn]:
-    """Turns as {role, content}, whatever style they came in.
+class ChatTemplate:
+    """A tokenizer's chat template.
 
-    Raises:
-        BadTurnsError: Not a list of turns, or a turn without a usable role or content.
+    Args:
+        tokenizer: A Transformers tokenizer with a chat template.
+
+    Attributes:
+        shows_tools: True when the template reads the tools of a row.
     """
-    if not isinstance(value, list | tuple):
-        raise BadTurnsError(f'"{column}" is {_kind(value)}, but must be a list of turns')
-    if not value:
-        raise BadTurnsError(f'"{column}" has no turns')
-    return [_plain_turn(turn, number) for number, turn in enumerate(value, start=1)]
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # Some tokenizers have a template of its own for conversations with tools.
+        self.shows_tools = "tools" in self._source([{}])
+
+    def text(self, turns: Sequence[Turn], tools: list[Tool] | None) -> str:
+        """Renders a conversation.
+
+        Raises:
+            BadTurnsError: The template refuses it.
+        """
+        return _whole(self._renderer(tools), turns)
+
+    def answers(self, turns: Sequence[Turn], learn: Sequence[int], tools: list[Tool] | None) -> ChatText:
+        """Renders a conversation and finds the answers: where the template marks them, else by rendering its parts.
+
+        Args:
+            turns: The conversation.
+            learn: Indexes of the assistant turns that carry loss; those that say nothing are left out.
+            tools: JSON schemas; None = none.
+
+        Raises:
+            BadTurnsError: The template refuses it.
+        """
+        learn = [index for index in learn if not says_nothing(turns[index])]
+        marked = self._marked(turns, learn, tools) if marks_answers(self._source(tools)) else None
+        return marked or render_chat(self._renderer(tools), turns, learn)
+
+    def _marked(self, turns: Sequence[Turn], learn: Sequence[int], tools: list[Tool] | None) -> ChatText | None:
+        """The answers as {% generation %} marks them; None when the marks cannot be told apart by turn."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, marks = render_jinja_template(
+                [list(turns)],
+                tools=tools,
+                chat_template=self._source(tools),
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        except Exception as error:
+            raise _refused(error) from error
+        spans = [(int(start), int(end)) for start, end in marks[0]]
+        assistants = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if list(learn) == assistants:
+            return ChatText(texts[0], spans, marked=True)
+        if len(spans) != len(assistants):
+            return None
+        chosen = [span for span, index in zip(spans, assistants, strict=True) if index in learn]
+        return ChatText(texts[0], chosen, marked=True)
+
+    def _source(self, tools: list[Tool] | None) -> str:
+        return str(self._tokenizer.get_chat_template(None, tools))
+
+    def _renderer(self, tools: list[Tool] | None) -> Render:
+        def render(turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(turns), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+
+        return render
 
 
-def _plain_turn(turn: object, number: int) -> Turn:
-    if not isinstance(turn, dict):
-        raise BadTurnsError(f"turn {number} is {_kind(turn)}, but must have role and content (or from and value)")
-    # Columnar files fill the keys that a turn does not have with None.
-    known = {key: value for key, value in turn.items() if value is not None}
-    role = known.pop("role", None) or known.pop("from", None)
-    content = known.pop("content", None)
-    if content is None:
-        content = known.pop("value", None)
-    if not isinstance(role, str) or not role:
-        raise BadTurnsError(f"turn {number} has no role (or from)")
-    if content is None and "tool_calls" in known:
-        content = ""
-    return {"role": ROLES.get(role.lower(), role), "content": _plain_content(content, number), **known}
+def marks_answers(source: str) -> bool:
+    """True when a template says itself what an assistant wrote ({% generation %})."""
+    return "generation %}" in source.replace("-%}", "%}").replace("endgeneration", "")
 
 
-def _plain_content(content: object, number: int) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        if all(isinstance(text, str) for text in texts):
-            return "".join(str(text) for text in texts)
-    raise BadTurnsError(f"the content of turn {number} is {_kind(content)}, but must be text")
-
-
-def render_chat(render: Callable[..., str], turns: Sequence[Turn], learn: Sequence[int]) -> ChatText:
+def render_chat(render: Render, turns: Sequence[Turn], learn: Sequence[int]) -> ChatText:
     """Renders turns and finds where the answers are, by rendering, never by searching for text.
 
     Args:
-        render: Takes turns and add_generation_prompt, returns text; raises what the template raises.
+        render: The template.
         turns: The conversation.
         learn: Indexes of the turns that carry loss.
 
     Raises:
         BadTurnsError: The template refuses the conversation.
     """
-    try:
-        text = render(turns, add_generation_prompt=False)
-    except Exception as error:
-        raise BadTurnsError(f"the chat template refuses it ({error})") from error
-    spans = [_answer_span(render, turns, index, text) for index in learn]
+    text = _whole(render, turns)
+    mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in text)
+    spans = [_answer_span(render, turns, index, text, mark) for index in learn]
     return ChatText(text, [span for span in spans if span is not None and span[0] < span[1]])
 
 
-def _answer_span(render: Callable[..., str], turns: Sequence[Turn], index: int, text: str) -> Span | None:
-    before = _try_render(render, turns[:index], add_generation_prompt=True) if index else None
-    through = _try_render(render, turns[: index + 1], add_generation_prompt=False)
-    content = None
-    if before is None or not text.startswith(before):
-        content = _content_span(render, turns, index, text)
-        start = content[0] if content else None
-    else:
-        start = len(before)
-    if through is None or not text.startswith(through):
-        content = content or _content_span(render, turns, index, text)
-        end = content[1] if content else None
-    else:
-        end = len(through)
-    return None if start is None or end is None else (start, end)
+def _whole(render: Render, turns: Sequence[Turn]) -> str:
+    try:
+        return render(turns, add_generation_prompt=False)
+    except Exception as error:
+        raise _refused(error) from error
 
 
-def _content_span(render: Callable[..., str], turns: Sequence[Turn], index: int, text: str) -> Span | None:
-    """Where a turn's content is, for templates that write a turn differently once others follow it.
+def _refused(error: Exception) -> BadTurnsError:
+    return BadTurnsError(f"the chat template refuses it ({error})")
 
-    The same conversation with another content in this turn differs from the text exactly there.
+
+def _answer_span(render: Render, turns: Sequence[Turn], index: int, text: str, mark: str) -> Span | None:
+    """From where generation would begin to the end of the turn.
+
+    Most templates write the turns before an answer, and those through it, as the beginning of the whole. Some write a
+    turn differently once others follow it; then the places are told from what changes when the turn does.
     """
-    content = turns[index]["content"]
-    if not content.strip():
+    last = index == len(turns) - 1
+    before = _part(render, turns[:index], add_generation_prompt=True)
+    through = text if last else _part(render, turns[: index + 1], add_generation_prompt=False)
+    starts = before is not None and text.startswith(before)
+    ends = through is not None and text.startswith(through)
+    if starts and ends:
+        return len(before or ""), len(through or "")
+    said = _said(render, turns, index, text, mark)
+    if said is None:
         return None
-    other = "".join("x" if character != "x" else "y" for character in (content.strip()[0], content.strip()[-1]))
-    changed = _try_render(
-        render, [*turns[:index], {**turns[index], "content": other}, *turns[index + 1 :]], add_generation_prompt=False
-    )
-    if changed is None or changed == text:
-        return None
-    start = _common_length(text, changed)
-    tail = _common_length(text[start:][::-1], changed[start:][::-1])
-    return start, len(text) - tail
+    start = len(before or "") if starts else said[0]
+    if ends:
+        return start, len(through or "")
+    return start, said[1] + _ending(render, turns[: index + 1], text[said[1] :], through, mark)
+
+
+def _ending(render: Render, turns: Sequence[Turn], rest: str, through: str | None, mark: str) -> int:
+    """Characters at the beginning of `rest` that end a turn, as they do where that turn is the last one."""
+    said = None if through is None else _said(render, turns, len(turns) - 1, through, mark)
+    return 0 if said is None else _common_length(rest, str(through)[said[1] :])
+
+
+def _said(render: Render, turns: Sequence[Turn], index: int, text: str, mark: str) -> Span | None:
+    """The range of what a turn itself says: its texts and calls.
+
+    The same conversation with something else in this turn, in characters that the text does not have, differs from the
+    text exactly there.
+    """
+    spans: list[Span] = []
+    for other in _others(turns[index], mark):
+        changed = _part(render, [*turns[:index], other, *turns[index + 1 :]], add_generation_prompt=False)
+        if changed is None or changed == text:
+            continue
+        start = _common_length(text, changed)
+        tail = _common_length(text[start:][::-1], changed[start:][::-1])
+        spans.append((start, len(text) - tail))
+    return (min(start for start, _ in spans), max(end for _, end in spans)) if spans else None
+
+
+def _others(turn: Turn, mark: str) -> Iterator[Turn]:
+    """The turn with each of its texts, and its calls, replaced by a mark."""
+    for key, value in turn.items():
+        if key != "role" and isinstance(value, str):
+            yield {**turn, key: mark}
+    if turn.get("tool_calls"):
+        yield {**turn, "tool_calls": [_other_call(call, mark) for call in turn["tool_calls"]]}
+
+
+def _other_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _other_call(call["function"], mark)}
+    arguments = {mark: mark} if isinstance(call.get("arguments"), dict) else mark
+    return {**call, "name": mark, "arguments": arguments}
 
 
 def _common_length(one: str, other: str) -> int:
     """Characters that two texts begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
-def _try_render(render: Callable[..., str], turns: Sequence[Turn], *, add_generation_prompt: bool) -> str | None:
+def _part(render: Render, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str | None:
     """None when the template refuses this part of a conversation: many insist on complete pairs of turns."""
     from jinja2 import TemplateError
 
+    if not turns:
+        return None
     try:
-        return render(list(turns), add_generation_prompt=add_generation_prompt)
+        return render(turns, add_generation_prompt=add_generation_prompt)
     except (TemplateError, ValueError, TypeError, KeyError, IndexError):
         return None
-
-
-def _kind(value: object) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"

@@ -9,54 +9,80 @@ from unslothd_server.errors import DatasetError, FieldViolation, InvalidFieldsEr
 
 CHAT_COLUMNS = ("messages", "conversations")
 DETECTABLE = (
-    "messages or conversations (chat), prompt and completion, instruction and output (Alpaca), or text; "
-    "other columns need row_format, e.g. a template"
+    "messages or conversations (chat), prompt and completion, instruction and output (Alpaca), text, "
+    "or chosen and rejected; other columns need row_format, e.g. a template"
+)
+NO_PREFERENCE_METHOD = (
+    "They can be stored and planned, but no method of this version trains on them; keep them for preference methods, "
+    'or train on the chosen answers as prompt_completion with completion_column "chosen".'
 )
 # Layouts that have an answer part, so that loss can be on the answers only.
-ANSWER_LAYOUTS = ("chat", "prompt_completion", "alpaca")
+ANSWER_LAYOUTS = ("chat", "prompt_completion", "alpaca", "preference")
 
 
-def resolve_layout(given: RowFormat | None, columns: Sequence[str], *, field: str) -> RowFormat:
+def resolve_layout(
+    given: RowFormat | None, columns: Sequence[str], *, field: str, like: RowFormat | None = None
+) -> RowFormat:
     """Returns the layout with every field set.
 
     Args:
-        given: As in the request; None or without a layout = detect.
+        given: As in the request; None or without a layout = as `like`, or else detected.
         columns: Column names of the rows.
         field: Path of the dataset in the request, e.g. "train_dataset", for errors.
+        like: Resolved layout of the rows that are trained on; None when these are those.
 
     Raises:
-        DatasetError: DATASET_COLUMNS: columns are missing, no layout fits, or the rows are preference pairs.
+        DatasetError: DATASET_COLUMNS: columns are missing, or no layout fits.
         InvalidFieldsError: completion_only_loss for a layout without answers, or a bad template.
     """
+    own = given is not None and given.WhichOneof("layout") is not None
+    follows = like is not None and not own
     resolved = RowFormat()
+    if like is not None and follows:
+        resolved.CopyFrom(like)
     if given is not None:
-        resolved.CopyFrom(given)
+        resolved.MergeFrom(given)
     if resolved.WhichOneof("layout") is None:
         _detect(resolved, columns)
     layout = str(resolved.WhichOneof("layout"))
     _complete_columns(resolved, layout, columns)
-    if layout == "preference":
-        raise _preference_error()
     _complete_loss(resolved, layout, field)
-    require_columns(needed_columns(resolved, field), columns, f"The {layout} layout")
+    whose = " of train_dataset, which rows without a layout of their own follow," if follows else ""
+    require_columns(needed_columns(resolved, field), columns, f"The {layout} layout{whose}")
     return resolved
 
 
+def require_trainable(row_format: RowFormat) -> None:
+    """Raises DATASET_COLUMNS for rows that can be planned but that no method of this version trains on."""
+    if row_format.WhichOneof("layout") == "preference":
+        raise DatasetError(
+            ErrorReason.ERROR_REASON_DATASET_COLUMNS,
+            f"These are preference rows. {NO_PREFERENCE_METHOD}",
+        )
+
+
 def needed_columns(row_format: RowFormat, field: str) -> list[str]:
-    """Columns that a resolved layout reads from every row; Alpaca's optional "input" is not among them."""
+    """Columns that a resolved layout reads from every row.
+
+    Alpaca's optional "input", and the prompt of preference pairs that may be whole conversations, are not among them.
+    """
+    needed: list[str] = []
     match row_format.WhichOneof("layout"):
         case "text":
-            return [row_format.text.column]
+            needed = [row_format.text.column]
         case "chat":
-            return [row_format.chat.column]
+            needed = [row_format.chat.column]
         case "prompt_completion":
-            return [row_format.prompt_completion.prompt_column, row_format.prompt_completion.completion_column]
+            needed = [row_format.prompt_completion.prompt_column, row_format.prompt_completion.completion_column]
         case "alpaca":
-            return ["instruction", "output"]
+            needed = ["instruction", "output"]
         case "template":
-            return template_columns(row_format.template.template, field)
+            needed = template_columns(row_format.template.template, field)
+        case "preference":
+            needed = [row_format.preference.chosen_column, row_format.preference.rejected_column]
         case _:
-            return []
+            pass
+    return needed
 
 
 def template_columns(template: str, field: str) -> list[str]:
@@ -102,7 +128,7 @@ def _detect(resolved: RowFormat, columns: Sequence[str]) -> None:
     elif "text" in columns:
         resolved.text.SetInParent()
     elif {"chosen", "rejected"} <= set(columns):
-        raise _preference_error()
+        resolved.preference.SetInParent()
     else:
         raise DatasetError(
             ErrorReason.ERROR_REASON_DATASET_COLUMNS,
@@ -120,6 +146,11 @@ def _complete_columns(resolved: RowFormat, layout: str, columns: Sequence[str]) 
         chosen = resolved.prompt_completion
         chosen.prompt_column = chosen.prompt_column or "prompt"
         chosen.completion_column = chosen.completion_column or "completion"
+    elif layout == "preference":
+        pair = resolved.preference
+        pair.prompt_column = pair.prompt_column or "prompt"
+        pair.chosen_column = pair.chosen_column or "chosen"
+        pair.rejected_column = pair.rejected_column or "rejected"
 
 
 def _complete_loss(resolved: RowFormat, layout: str, field: str) -> None:
@@ -135,15 +166,6 @@ def _complete_loss(resolved: RowFormat, layout: str, field: str) -> None:
                 )
             ]
         )
-
-
-def _preference_error() -> DatasetError:
-    return DatasetError(
-        ErrorReason.ERROR_REASON_DATASET_COLUMNS,
-        "These are preference rows (chosen and rejected). They can be stored, but no method of this version trains "
-        "on them; keep them for preference methods, or train on the chosen answers as prompt_completion with "
-        'completion_column "chosen".',
-    )
 
 
 def _template_error(field: str, description: str) -> InvalidFieldsError:

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from unslothd.v1.dataset_pb2 import RowFormat
 from unslothd.v1.training_event_pb2 import TrainingWarning
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.engine.tokens import PREVIEW_ROWS, TokenisedDataset, tokenise
+from unslothd_server.engine.tokens import PREVIEW_ROWS, TokenisedDataset, dropped_causes, tokenise
+from unslothd_server.errors import DatasetError
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class PreparedRows:
     Args:
         train: Rows to train on.
         evaluation: Rows to evaluate on; None = none.
-        warnings: Of rows that were cut or left out.
+        warnings: Of rows that were cut or left out, and of tools that are not seen.
     """
 
     train: TokenisedDataset
@@ -31,6 +33,7 @@ def prepare_rows(
     *,
     check: Callable[[], None],
     preview_rows: int = PREVIEW_ROWS,
+    for_training: bool = True,
 ) -> PreparedRows:
     """Reads and renders the rows to train and to evaluate on.
 
@@ -40,17 +43,32 @@ def prepare_rows(
         max_seq_length: Tokens; longer rows are cut.
         check: Called for every row; raises to stop.
         preview_rows: Rows that are kept as text.
+        for_training: Refuses layouts that no method trains on.
 
     Raises:
-        UnslothdError: As `tokens.tokenise` says.
+        UnslothdError: As `tokens.tokenise` says; a DatasetError says in `metadata` which dataset it is about.
     """
 
-    def rows_of(field: str) -> TokenisedDataset:
-        source = getattr(request, field)
-        return tokenise(source, tokenizer, max_seq_length, field=field, check=check, preview_rows=preview_rows)
+    def rows_of(field: str, like: RowFormat | None = None) -> TokenisedDataset:
+        try:
+            return tokenise(
+                getattr(request, field),
+                tokenizer,
+                max_seq_length,
+                field=field,
+                check=check,
+                preview_rows=preview_rows,
+                like=like,
+                for_training=for_training,
+            )
+        except DatasetError as error:
+            raise DatasetError(
+                error.reason, f"{field}: {error.message}", metadata={**error.metadata, "dataset": field}
+            ) from error
 
     train = rows_of("train_dataset")
-    evaluation = rows_of("eval_dataset") if request.HasField("eval_dataset") else None
+    # Without a layout of its own, an eval set is read as the rows are that are trained on.
+    evaluation = rows_of("eval_dataset", like=train.row_format) if request.HasField("eval_dataset") else None
     warnings = row_warnings(train, "train_dataset", max_seq_length)
     if evaluation is not None:
         warnings += row_warnings(evaluation, "eval_dataset", max_seq_length)
@@ -58,7 +76,7 @@ def prepare_rows(
 
 
 def row_warnings(rows: TokenisedDataset, field: str, max_seq_length: int) -> list[TrainingWarning]:
-    """A warning for rows that were cut, and one for rows that were left out.
+    """A warning each for rows that were cut, rows that were left out, and tools that the model does not see.
 
     Args:
         rows: Rendered.
@@ -73,10 +91,17 @@ def row_warnings(rows: TokenisedDataset, field: str, max_seq_length: int) -> lis
         )
         warnings.append(TrainingWarning(reason="ROWS_TRUNCATED", message=text))
     if rows.dropped_rows:
+        causes = dropped_causes(rows.rows_without_answer, rows.dropped_rows - rows.rows_without_answer, max_seq_length)
         text = (
-            f"{rows.dropped_rows} of {rows.num_rows + rows.dropped_rows} rows of {field} were left out: none of "
-            f"their tokens carries loss within {max_seq_length} tokens. Look for empty answers and for prompts that "
-            "fill max_seq_length."
+            f"{rows.dropped_rows} of {rows.num_rows + rows.dropped_rows} rows of {field} were left out because none of "
+            f"their tokens carries loss: {causes}."
         )
         warnings.append(TrainingWarning(reason="ROWS_DROPPED", message=text))
+    if rows.rows_with_ignored_tools:
+        text = (
+            f"{rows.rows_with_ignored_tools} rows of {field} have tools, but the chat template of this model does not "
+            "show tools, so the model does not see them. Load a model whose template does, or put the tools into a "
+            "system turn."
+        )
+        warnings.append(TrainingWarning(reason="TOOLS_IGNORED", message=text))
     return warnings

@@ -1,17 +1,19 @@
-"""One row made into token ids and the mask of the tokens that carry loss. The trainer is left nothing to guess."""
+"""Rows of each layout made into token ids and the mask of what is learnt. The trainer is left nothing to guess."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from unslothd.v1.dataset_pb2 import RowFormat
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.training_pb2 import RenderedRow
-from unslothd_server.engine import chat
-from unslothd_server.engine.chat import Span
+from unslothd_server.engine.chat import ChatTemplate
+from unslothd_server.engine.encoding import MarkedText, TextEncoder, TokenRow, runs
 from unslothd_server.engine.rows import Row, row_error
+from unslothd_server.engine.turns import BadTurnsError, Tool, Turn, plain_tools, plain_turns
 from unslothd_server.errors import DatasetError
 
+TOOLS_COLUMN = "tools"
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -22,37 +24,6 @@ ALPACA = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """A row as the model sees it.
-
-    Args:
-        input_ids: Token ids, at most max_seq_length.
-        carries_loss: For each token whether it is learnt. The first is never: nothing comes before it.
-        truncated: True when tokens were cut off.
-    """
-
-    input_ids: list[int]
-    carries_loss: list[bool]
-    truncated: bool
-
-    @property
-    def loss_tokens(self) -> int:
-        """Tokens that carry loss."""
-        return sum(self.carries_loss)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Finished text, the ranges that carry loss, and whether the end-of-sequence token is still to be added."""
-
-    text: str
-    spans: list[Span]
-    special_tokens: bool
-    assistant_mask: list[bool] | None = None
-    input_ids: list[int] | None = None
 
 
 class RowRenderer:
@@ -68,172 +39,121 @@ class RowRenderer:
     """
 
     def __init__(self, tokenizer: Any, row_format: RowFormat, max_seq_length: int) -> None:
-        self._tokenizer = tokenizer
         self._format = row_format
-        self._max_seq_length = max_seq_length
-        self._special_ids = set(tokenizer.all_special_ids) | {
-            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        layout = row_format.WhichOneof("layout")
-        self._to_text: Callable[[Row], _Text] = getattr(self, f"_{layout}")
-        if layout == "chat":
-            self._require_chat_template()
+        self._answers_only = row_format.completion_only_loss
+        self._encoder = TextEncoder(tokenizer, max_seq_length)
+        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._texts: Callable[[Row], list[MarkedText]] = getattr(self, f"_{row_format.WhichOneof('layout')}_layout")
+        self.rows_with_ignored_tools = 0
+        if row_format.WhichOneof("layout") == "chat":
+            self._require_template()
 
-    def render(self, row: Row, number: int) -> TokenRow:
-        """Renders a row.
+    def render(self, rows: Sequence[tuple[int, Row]]) -> list[list[TokenRow]]:
+        """Renders rows.
 
         Args:
-            row: Columns by name.
-            number: Its place in the data, counted from 1, for errors.
+            rows: Each with its place in the data, counted from 1, for errors.
+
+        Returns:
+            For each row what the model sees of it: one text, or two for a preference pair, the chosen one first.
 
         Raises:
             DatasetError: DATASET_ROW: a column is missing, None or of the wrong type, or the template refuses it.
         """
-        try:
-            text = self._to_text(row)
-        except (chat.BadTurnsError, _BadValueError) as error:
-            raise row_error(number, str(error)) from error
-        ids, mask = self._tokenize(text)
-        cut = self._max_seq_length
-        truncated = len(ids) > cut
-        ids, mask = ids[:cut], mask[:cut]
-        if mask:
-            mask[0] = False
-        return TokenRow(ids, mask, truncated)
+        texts = [self._texts_of(number, row) for number, row in rows]
+        encoded = self._encoder.encode([text for group in texts for text in group])
+        ends = list(accumulate(len(group) for group in texts))
+        return [encoded[end - len(group) : end] for group, end in zip(texts, ends, strict=True)]
 
     def preview(self, row: TokenRow) -> RenderedRow:
         """The row as text with the character ranges that carry loss."""
-        text = self._decode(row.input_ids)
-        edges = [edge for run in _runs(row.carries_loss) for edge in run]
-        spans = [len(self._decode(row.input_ids[:edge])) for edge in edges]
-        return RenderedRow(text=text, num_tokens=len(row.input_ids), loss_spans=spans, truncated=row.truncated)
+        decode = self._encoder.decode
+        edges = [edge for run in runs(row.carries_loss) for edge in run]
+        return RenderedRow(
+            text=decode(row.input_ids),
+            num_tokens=len(row.input_ids),
+            loss_spans=[len(decode(row.input_ids[:edge])) for edge in edges],
+            truncated=row.truncated,
+        )
+
+    def _texts_of(self, number: int, row: Row) -> list[MarkedText]:
+        try:
+            return self._texts(row)
+        except (BadTurnsError, _BadValueError) as error:
+            raise row_error(number, str(error)) from error
 
     # One method a layout, found by the layout's name in the contract.
 
-    def _text(self, row: Row) -> _Text:
-        text = _string(row, self._format.text.column)
-        return _Text(text, [(0, len(text))], special_tokens=True)
+    def _text_layout(self, row: Row) -> list[MarkedText]:
+        return [_document(_string(row, self._format.text.column))]
 
-    def _template(self, row: Row) -> _Text:
-        values = _Values(row)
-        text = self._format.template.template.format_map(values)
-        return _Text(text, [(0, len(text))], special_tokens=True)
+    def _template_layout(self, row: Row) -> list[MarkedText]:
+        return [_document(self._format.template.template.format_map(_Values(row)))]
 
-    def _alpaca(self, row: Row) -> _Text:
+    def _alpaca_layout(self, row: Row) -> list[MarkedText]:
         instruction, output = _string(row, "instruction"), _string(row, "output")
         context = _string(row, "input") if row.get("input") is not None else ""
         prompt = ALPACA_WITH_INPUT if context.strip() else ALPACA
-        return self._answer(prompt.format(instruction=instruction, input=context), output)
+        return [self._completed(prompt.format(instruction=instruction, input=context), output)]
 
-    def _prompt_completion(self, row: Row) -> _Text:
+    def _prompt_completion_layout(self, row: Row) -> list[MarkedText]:
         columns = self._format.prompt_completion
-        prompt, completion = row.get(columns.prompt_column), row.get(columns.completion_column)
-        if isinstance(prompt, list) and isinstance(completion, list):
-            self._require_chat_template()
-            turns = chat.plain_turns(prompt, columns.prompt_column)
-            return self._conversation(
-                [*turns, *chat.plain_turns(completion, columns.completion_column)], first=len(turns)
-            )
-        if isinstance(prompt, list) or isinstance(completion, list):
-            raise _BadValueError("prompt and completion must both be text or both be lists of turns")
-        return self._answer(_string(row, columns.prompt_column), _string(row, columns.completion_column))
+        return [self._pair(row, columns.prompt_column, columns.completion_column)]
 
-    def _chat(self, row: Row) -> _Text:
+    def _chat_layout(self, row: Row) -> list[MarkedText]:
         column = self._format.chat.column
-        return self._conversation(chat.plain_turns(row.get(column), column), first=0)
+        return [self._conversation(plain_turns(row.get(column), column), row, first=0)]
 
-    def _answer(self, prompt: str, answer: str) -> _Text:
-        start = len(prompt) if self._format.completion_only_loss else 0
+    def _preference_layout(self, row: Row) -> list[MarkedText]:
+        columns = self._format.preference
+        answers = (columns.chosen_column, columns.rejected_column)
+        if row.get(columns.prompt_column) is not None or not all(isinstance(row.get(name), list) for name in answers):
+            return [self._pair(row, columns.prompt_column, answer) for answer in answers]
+        # Whole conversations: what both begin with is the prompt.
+        chosen, rejected = (plain_turns(row[name], name) for name in answers)
+        pairs = zip(chosen, rejected, strict=False)
+        first = next((place for place, (one, other) in enumerate(pairs) if one != other), 0)
+        return [self._conversation(turns, row, first=first) for turns in (chosen, rejected)]
+
+    def _pair(self, row: Row, prompt_column: str, answer_column: str) -> MarkedText:
+        prompt, answer = row.get(prompt_column), row.get(answer_column)
+        if isinstance(prompt, list) and isinstance(answer, list):
+            turns = plain_turns(prompt, prompt_column)
+            return self._conversation([*turns, *plain_turns(answer, answer_column)], row, first=len(turns))
+        if isinstance(prompt, list) or isinstance(answer, list):
+            raise _BadValueError(f"{prompt_column} and {answer_column} must both be text or both be lists of turns")
+        return self._completed(_string(row, prompt_column), _string(row, answer_column))
+
+    def _completed(self, prompt: str, answer: str) -> MarkedText:
         text = prompt + answer
-        return _Text(text, [(start, len(text))], special_tokens=True)
+        if not self._answers_only:
+            return _document(text)
+        spans = [(len(prompt), len(text))] if answer.strip() else []
+        return MarkedText(text, spans, is_chat=False, has_answers=True)
 
-    def _conversation(self, turns: list[chat.Turn], *, first: int) -> _Text:
+    def _conversation(self, turns: list[Turn], row: Row, *, first: int) -> MarkedText:
+        template, tools = self._require_template(), self._tools(row)
+        if not self._answers_only:
+            text = template.text(turns, tools)
+            return MarkedText(text, [(0, len(text))] if text else [], is_chat=True, has_answers=False)
         learn = [index for index, turn in enumerate(turns) if index >= first and turn["role"] == "assistant"]
-        if not self._format.completion_only_loss:
-            rendered = chat.render_chat(self._render_template, turns, [])
-            return _Text(rendered.text, [(0, len(rendered.text))], special_tokens=False)
-        if first == 0 and _marks_answers(self._tokenizer.chat_template):
-            return self._marked_conversation(turns)
-        rendered = chat.render_chat(self._render_template, turns, learn)
-        return _Text(rendered.text, rendered.answers, special_tokens=False)
+        chat = template.answers(turns, learn, tools)
+        return MarkedText(chat.text, chat.answers, is_chat=True, has_answers=not chat.marked)
 
-    def _marked_conversation(self, turns: list[chat.Turn]) -> _Text:
-        """For templates that say themselves which tokens an assistant wrote ({% generation %})."""
-        try:
-            encoded = self._tokenizer.apply_chat_template(
-                turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-        except Exception as error:
-            raise chat.BadTurnsError(f"the chat template refuses it ({error})") from error
-        mask = [bool(flag) for flag in encoded["assistant_masks"]]
-        return _Text("", [], special_tokens=False, assistant_mask=mask, input_ids=list(encoded["input_ids"]))
+    def _tools(self, row: Row) -> list[Tool] | None:
+        tools = plain_tools(row.get(TOOLS_COLUMN), TOOLS_COLUMN)
+        if tools is not None and not self._require_template().shows_tools:
+            self.rows_with_ignored_tools += 1
+        return tools
 
-    def _render_template(self, turns: Sequence[chat.Turn], *, add_generation_prompt: bool) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-
-    def _tokenize(self, text: _Text) -> tuple[list[int], list[bool]]:
-        if text.input_ids is not None and text.assistant_mask is not None:
-            return text.input_ids, text.assistant_mask
-        ids, mask = self._encode(text)
-        if text.special_tokens:
-            return self._with_end_token(ids, mask)
-        return ids, self._end_answers_at_their_end(ids, mask) if self._format.completion_only_loss else mask
-
-    def _encode(self, text: _Text) -> tuple[list[int], list[bool]]:
-        tokenizer = self._tokenizer
-        bos = tokenizer.bos_token
-        add_special = text.special_tokens and not (bos and text.text.startswith(bos))
-        if tokenizer.is_fast:
-            encoded = tokenizer(text.text, add_special_tokens=add_special, return_offsets_mapping=True)
-            return list(encoded["input_ids"]), [_overlaps(span, text.spans) for span in encoded["offset_mapping"]]
-        ids: list[int] = []
-        mask: list[bool] = []
-        # A slow tokenizer does not say where its tokens are: encode the pieces one by one.
-        for piece, learnt in _pieces(text):
-            new = tokenizer(piece, add_special_tokens=add_special and not ids)["input_ids"]
-            ids += new
-            mask += [learnt] * len(new)
-        return ids, mask
-
-    def _with_end_token(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
-        """Text that is over ends with the end-of-sequence token, learnt like the text, or the model never stops."""
-        end = self._tokenizer.eos_token_id
-        if end is None:
-            return ids, mask
-        if not ids or ids[-1] != end:
-            return [*ids, end], [*mask, True]
-        return ids, [*mask[:-1], True]
-
-    def _end_answers_at_their_end(self, ids: list[int], mask: list[bool]) -> list[bool]:
-        """Makes each answer end with its end-of-turn token.
-
-        White space that a template puts after that token is not learnt, because generation has ended there; and where
-        only the content of a turn could be placed, the token that follows it is learnt with it.
-        """
-        for start, end in _runs(mask):
-            special = [index for index in range(start, end) if ids[index] in self._special_ids]
-            if special:
-                tail = range(special[-1] + 1, end)
-                if not self._decode([ids[index] for index in tail]).strip():
-                    mask[tail.start : tail.stop] = [False] * len(tail)
-            elif end < len(ids) and ids[end] in self._special_ids:
-                mask[end] = True
-        return mask
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def _require_chat_template(self) -> None:
-        if not self._tokenizer.chat_template:
+    def _require_template(self) -> ChatTemplate:
+        if self._template is None:
             raise DatasetError(
                 ErrorReason.ERROR_REASON_DATASET_COLUMNS,
                 "The rows are conversations, but this model's tokenizer has no chat template. Load the instruct "
                 "version of the model, or give the rows as prompt and completion, or as text.",
             )
+        return self._template
 
 
 class _BadValueError(ValueError):
@@ -252,6 +172,11 @@ class _Values(dict[str, str]):
         return str(value) if isinstance(value, bool | int | float) else _string(self._row, column)
 
 
+def _document(text: str) -> MarkedText:
+    spans = [(0, len(text))] if text.strip() else []
+    return MarkedText(text, spans, is_chat=False, has_answers=False)
+
+
 def _string(row: Row, column: str) -> str:
     value = row.get(column)
     if isinstance(value, str):
@@ -260,32 +185,3 @@ def _string(row: Row, column: str) -> str:
         raise _BadValueError(f'it has no column "{column}"')
     kind = "empty (null)" if value is None else f"a {type(value).__name__}"
     raise _BadValueError(f'"{column}" is {kind}, but must be text')
-
-
-def _marks_answers(template: str | dict[str, str] | None) -> bool:
-    return isinstance(template, str) and "generation %}" in template.replace("-%}", "%}").replace("endgeneration", "")
-
-
-def _overlaps(token: Span, spans: Sequence[Span]) -> bool:
-    start, end = token
-    return start < end and any(start < span_end and end > span_start for span_start, span_end in spans)
-
-
-def _pieces(text: _Text) -> list[tuple[str, bool]]:
-    pieces: list[tuple[str, bool]] = []
-    position = 0
-    for start, end in text.spans:
-        pieces += [(text.text[position:start], False), (text.text[start:end], True)]
-        position = end
-    pieces.append((text.text[position:], False))
-    return [(piece, learnt) for piece, learnt in pieces if piece]
-
-
-def _runs(mask: Sequence[bool]) -> list[Span]:
-    """Ranges of consecutive true flags."""
-    edges = [index for index in range(len(mask) + 1) if _at(mask, index) != _at(mask, index - 1)]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _at(flags: Sequence[bool], index: int) -> bool:
-    return 0 <= index < len(flags) and flags[index]

@@ -32,7 +32,7 @@ def tokenizer(versions: dict[str, str], tiny: Path) -> Any:
 def seen(tokenizer: Any, row: Row, given: RowFormat | None = None, max_seq_length: int = 256) -> tuple[str, list[str]]:
     """The row as the model sees it, and the learnt stretches of it, from tokens and from the preview alike."""
     renderer = RowRenderer(tokenizer, resolve_layout(given, list(row), field="train_dataset"), max_seq_length)
-    rendered = renderer.render(row, 1)
+    [[rendered]] = renderer.render([(1, row)])
     preview = renderer.preview(rendered)
     spans = list(zip(preview.loss_spans[::2], preview.loss_spans[1::2], strict=True))
     from_preview = [preview.text[start:end] for start, end in spans]
@@ -148,7 +148,7 @@ def test_a_template_is_filled_from_the_columns_with_braces_and_numbers(tokenizer
 
 def test_a_long_row_is_cut_and_says_so(tokenizer: Any) -> None:
     renderer = RowRenderer(tokenizer, resolve_layout(None, ["text"], field="train_dataset"), 4)
-    rendered = renderer.render({"text": "0 1 2 3 4 5 6 7 8 9"}, 1)
+    [[rendered]] = renderer.render([(1, {"text": "0 1 2 3 4 5 6 7 8 9"})])
     assert rendered.truncated
     assert renderer.preview(rendered).truncated
     assert len(rendered.input_ids) == 4
@@ -171,7 +171,7 @@ def test_a_row_that_cannot_be_rendered_is_named_with_its_cause(
 ) -> None:
     renderer = RowRenderer(tokenizer, resolve_layout(None, list(row), field="train_dataset"), 64)
     with pytest.raises(DatasetError) as raised:
-        renderer.render(row, 41)
+        renderer.render([(41, row)])
     assert raised.value.reason_name == "DATASET_ROW"
     assert "Row 41" in raised.value.message
     assert where in raised.value.message

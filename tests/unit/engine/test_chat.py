@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import pytest
 from jinja2 import Environment, TemplateError
 
-from unslothd_server.engine.chat import BadTurnsError, Turn, plain_turns, render_chat
+from unslothd_server.engine.chat import render_chat
+from unslothd_server.engine.turns import BadTurnsError, Turn, plain_turns
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
@@ -48,7 +49,7 @@ def renderer(template: str) -> Callable[..., str]:
     ("template", "answers"),
     [
         (CHATML, ["<think>short</think>hello<|end|>\n", "<think>long</think>goodbye<|end|>\n"]),
-        (FORGETFUL, ["hello", "<think>long</think>goodbye<|end|>"]),
+        (FORGETFUL, ["hello<|end|>", "<think>long</think>goodbye<|end|>"]),
         (STRICT, ["<think>short</think>hello ", "<think>long</think>goodbye "]),
     ],
     ids=["plain", "forgets earlier thoughts", "refuses parts"],

@@ -11,7 +11,7 @@ from unslothd.v1.dataset_pb2 import (
     TemplateLayout,
     TextLayout,
 )
-from unslothd_server.engine.layouts import resolve_layout
+from unslothd_server.engine.layouts import require_trainable, resolve_layout
 from unslothd_server.errors import DatasetError, InvalidFieldsError
 
 DETECTED = [
@@ -70,18 +70,46 @@ def test_loss_on_answers_only_is_refused_where_there_are_no_answers(given: RowFo
     ]
 
 
-@pytest.mark.parametrize(
-    ("given", "columns"),
-    [(None, ["prompt", "chosen", "rejected"]), (RowFormat(preference=PreferenceLayout()), ["prompt"])],
-    ids=["detected", "given"],
-)
-def test_preference_rows_are_refused_for_training_with_a_clear_text(
-    given: RowFormat | None, columns: list[str]
-) -> None:
-    with pytest.raises(DatasetError) as raised:
-        resolve_layout(given, columns, field="train_dataset")
-    assert "preference" in raised.value.message
+@pytest.mark.parametrize("given", [None, RowFormat(preference=PreferenceLayout())], ids=["detected", "given"])
+def test_preference_rows_are_known_but_not_trained_on(given: RowFormat | None) -> None:
+    resolved = resolve_layout(given, ["prompt", "chosen", "rejected"], field="train_dataset")
+    columns = PreferenceLayout(prompt_column="prompt", chosen_column="chosen", rejected_column="rejected")
+    assert resolved == RowFormat(preference=columns, completion_only_loss=True)
+    with pytest.raises(DatasetError, match="prompt_completion with completion_column") as raised:
+        require_trainable(resolved)
     assert raised.value.reason_name == "DATASET_COLUMNS"
+
+
+def test_preference_rows_need_both_answers() -> None:
+    with pytest.raises(DatasetError, match='"chosen", "rejected", but the rows have "prompt"'):
+        resolve_layout(RowFormat(preference=PreferenceLayout()), ["prompt"], field="train_dataset")
+
+
+TRAINED_ON = RowFormat(template=TemplateLayout(template="{review}"), completion_only_loss=False)
+
+
+def test_rows_to_evaluate_on_follow_the_layout_of_those_that_are_trained_on() -> None:
+    resolved = resolve_layout(None, ["review", "text"], field="eval_dataset", like=TRAINED_ON)
+    assert resolved == TRAINED_ON
+
+
+def test_rows_to_evaluate_on_with_other_columns_are_refused_with_both_named() -> None:
+    with pytest.raises(DatasetError, match="train_dataset") as raised:
+        resolve_layout(None, ["text"], field="eval_dataset", like=TRAINED_ON)
+    assert '"review"' in raised.value.message
+    assert '"text"' in raised.value.message
+
+
+def test_rows_to_evaluate_on_may_have_a_layout_of_their_own() -> None:
+    own = RowFormat(text=TextLayout(column="text"), completion_only_loss=False)
+    assert resolve_layout(RowFormat(text=TextLayout()), ["text"], field="eval_dataset", like=TRAINED_ON) == own
+
+
+def test_rows_to_evaluate_on_may_follow_the_layout_and_set_the_flag() -> None:
+    like = RowFormat(chat=ChatLayout(column="messages"), completion_only_loss=True)
+    given = RowFormat(completion_only_loss=False)
+    resolved = resolve_layout(given, ["messages"], field="eval_dataset", like=like)
+    assert resolved == RowFormat(chat=ChatLayout(column="messages"), completion_only_loss=False)
 
 
 @pytest.mark.parametrize(
