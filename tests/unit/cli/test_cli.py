@@ -10,7 +10,7 @@ import threading
 
 import grpc
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from unslothd.cli import options
 from unslothd.cli.app import app
@@ -19,14 +19,6 @@ from unslothd.v1 import model_pb2, server_info_pb2, service_pb2, training_event_
 READY = model_pb2.Model(
     model_id="tiny-unsloth", model_name="tiny", state=model_pb2.Model.STATE_READY, total_params=4194304, dtype="float32"
 )
-
-
-@pytest.fixture
-def cli(server):
-    def run(*arguments: str, **more: object) -> Result:
-        return CliRunner().invoke(app, [*arguments, "--target", server.target], catch_exceptions=False, **more)
-
-    return run
 
 
 @pytest.fixture
@@ -46,14 +38,23 @@ def commands() -> dict[tuple[str, ...], object]:
 def test_the_commands_are_these():
     assert sorted(" ".join(path) for path in commands()) == [
         "cancel",
+        "chat",
+        "download",
+        "export",
         "generate",
         "info",
         "models list",
         "models load",
         "models prepare",
         "models unload",
+        "pause",
+        "plan",
+        "receipt show",
+        "receipt verify",
+        "resume",
         "serve",
         "train",
+        "trainings checkpoints",
         "trainings get",
         "trainings list",
         "watch",

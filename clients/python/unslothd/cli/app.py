@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from unslothd._version import __version__
-from unslothd.cli import generate, info, models, serve, train, trainings
+from unslothd.cli import artifacts, chat, generate, info, models, plan, receipt, serve, train, trainings
 
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 the call or the training failed, or the training was cancelled; 2 wrong usage; "
@@ -45,5 +45,9 @@ serve.register(app)
 info.register(app)
 models.register(app)
 train.register(app)
+plan.register(app)
 trainings.register(app)
 generate.register(app)
+chat.register(app)
+artifacts.register(app)
+receipt.register(app)

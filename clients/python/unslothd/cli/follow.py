@@ -50,7 +50,7 @@ class _Lines:
     def show(self, event: unslothd.TrainingEvent) -> None:
         if self._out.as_json:
             self._out.json(event)
-        elif text := texts.event(event):
+        elif text := _text(event):
             self._out.line(text, _STYLES.get(event.WhichOneof("kind") or "", ""))
 
 
@@ -79,9 +79,11 @@ class _Bar:
         kind = event.WhichOneof("kind") or ""
         if kind in _FINAL:
             self._live.stop()  # so that the end stands below the bar
+        else:
+            self._live.start()  # a failed or cancelled training that was resumed
         if kind == "step":
             self._step(event.step)
-        elif text := texts.event(event):
+        elif text := _text(event):
             self._out.line(text, _STYLES.get(kind, ""))
         if kind == "started":
             self._progress.update(self._task, total=event.started.plan.total_steps)
@@ -110,11 +112,19 @@ class _Bar:
         self._live.update(Group(self._progress, figures, course))
 
 
+def _text(event: unslothd.TrainingEvent) -> str:
+    """Returns the lines for an event: what happened, and what can be done where it waits for somebody."""
+    text = texts.event(event)
+    if event.HasField("state_changed") and event.state_changed.state == unslothd.Training.STATE_PAUSED:
+        text += f"; its device memory is free. Go on: unslothd resume {event.training_id}"
+    return text
+
+
 def show(run: unslothd.TrainingRun, out: Output) -> unslothd.TrainingMetrics:
     """Shows the events of a training to its end and returns its final figures.
 
     Args:
-        run: What `train` or `watch` returned.
+        run: What `train`, `watch` or `resume` returned.
         out: Where to.
 
     Raises:
@@ -131,7 +141,7 @@ def follow(run: unslothd.TrainingRun, out: Output, *, cancels_when_left: bool = 
     """As `show`, for a command: Ctrl-C detaches, and what the training came to is the exit code.
 
     Args:
-        run: What `train` or `watch` returned.
+        run: What `train`, `watch` or `resume` returned.
         out: Where to.
         cancels_when_left: The server cancels the training when this client goes.
 
@@ -162,5 +172,6 @@ def _say_detached(run: unslothd.TrainingRun, out: Output, cancels_when_left: boo
     out.note(
         f"Detached; training {run.training_id} goes on.\n"
         f"  unslothd watch {run.training_id} --after {run.last_sequence}\n"
+        f"  unslothd pause {run.training_id}\n"
         f"  unslothd cancel {run.training_id}"
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
+from unslothd._row_format import Layout
 from unslothd.v1.model_pb2 import LoraConfig
 
 Target = Annotated[
@@ -14,6 +15,23 @@ Target = Annotated[
     typer.Option("--target", envvar="UNSLOTHD_TARGET", metavar="HOST:PORT", help="Server to talk to."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line, with the names of the contract.")]
+
+_DATA = "Rows"
+Dataset = Annotated[
+    str,
+    typer.Option(
+        help="A file here (.jsonl, .json, .csv, .parquet; 4 MiB at most), server:PATH, hub:ORG/NAME or "
+        "hub:ORG/NAME:SPLIT, or the sha256:… of an uploaded dataset.",
+        rich_help_panel=_DATA,
+    ),
+]
+EvalDataset = Annotated[str | None, typer.Option(help="Rows to evaluate on, as --dataset.", rich_help_panel=_DATA)]
+RowLayout = Annotated[Layout | None, typer.Option(help="Layout of the rows. (default detected)", rich_help_panel=_DATA)]
+Template = Annotated[
+    str, typer.Option(help='Text with {column} places, e.g. "Q: {question} A: {answer}".', rich_help_panel=_DATA)
+]
+ModelToLoad = Annotated[str | None, typer.Option(metavar="NAME", help="Load this model first.")]
+LoadedModel = Annotated[str | None, typer.Option(metavar="ID", help="Take this model, loaded before.")]
 
 _CONFIG = "Training config"
 _LORA = "Adapter (LoRA)"

@@ -9,12 +9,10 @@ import typer
 import unslothd
 from unslothd._base import DEFAULT_TARGET
 from unslothd._requests import DisconnectPolicyName
-from unslothd._row_format import Layout
 from unslothd.cli import models, options
 from unslothd.cli.follow import follow
 from unslothd.cli.session import Output, Session, session
 
-_DATA = "Rows"
 _EXAMPLES = (
     "Example: unslothd train --model unsloth/Llama-3.2-1B-Instruct --dataset rows.jsonl --max-steps 60 --lora-r 8\n\n"
     "Example: unslothd train --model-id llama-3.2-1b-instruct-unsloth --dataset hub:yahma/alpaca-cleaned --json"
@@ -27,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     """Which model to train, and how to get it there."""
 
     model: str | None
@@ -35,30 +33,26 @@ class _Choice:
     load: unslothd.LoadOptions
     lora: unslothd.LoraOptions
 
+    def __post_init__(self) -> None:
+        """Refuses what does not go together."""
+        if (self.model is None) == (self.model_id is None):
+            raise typer.BadParameter(
+                "pass --model NAME to load one, or --model-id ID of a loaded one", param_hint="--model"
+            )
+        if self.load and self.model is None:
+            raise typer.BadParameter(f"{_flags(self.load)} need --model NAME", param_hint="--model-id")
+
 
 @options.takes("config", options.ConfigOptions)
 @options.takes("lora", options.LoraOptions)
 @options.takes("load_options", options.LoadOptions)
 def train(
-    dataset: Annotated[
-        str,
-        typer.Option(
-            help="A file here (.jsonl, .json, .csv, .parquet; 4 MiB at most), server:PATH, hub:ORG/NAME or "
-            "hub:ORG/NAME:SPLIT, or the sha256:… of an uploaded dataset.",
-            rich_help_panel=_DATA,
-        ),
-    ],
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Load this model first.")] = None,
-    model_id: Annotated[str | None, typer.Option(metavar="ID", help="Train this model, loaded before.")] = None,
-    eval_dataset: Annotated[
-        str | None, typer.Option(help="Rows to evaluate on, as --dataset.", rich_help_panel=_DATA)
-    ] = None,
-    row_format: Annotated[
-        Layout | None, typer.Option(help="Layout of the rows. (default detected)", rich_help_panel=_DATA)
-    ] = None,
-    template: Annotated[
-        str, typer.Option(help='Text with {column} places, e.g. "Q: {question} A: {answer}".', rich_help_panel=_DATA)
-    ] = "",
+    dataset: options.Dataset,
+    model: options.ModelToLoad = None,
+    model_id: options.LoadedModel = None,
+    eval_dataset: options.EvalDataset = None,
+    row_format: options.RowLayout = None,
+    template: options.Template = "",
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="For your own use; repeatable.")] = None,
     request_id: Annotated[
         str | None, typer.Option(help="Attach to the training that was started with this id, if there is one.")
@@ -75,18 +69,14 @@ def train(
 ) -> None:
     """Train a model on rows and watch it live.
 
-    Ctrl-C detaches: the training goes on, and the command says how to watch or cancel it. A second Ctrl-C quits hard.
+    Ctrl-C detaches: the training goes on, and the command says how to watch, pause or cancel it. A second Ctrl-C quits
+    hard.
     """
-    if (model is None) == (model_id is None):
-        raise typer.BadParameter(
-            "pass --model NAME to load one, or --model-id ID of a loaded one", param_hint="--model"
-        )
-    if load_options and model is None:
-        raise typer.BadParameter(f"{_flags(load_options)} need --model NAME", param_hint="--model-id")
+    choice = Choice(model, model_id, load_options, lora)
     rows, eval_rows = parse_dataset(dataset), parse_dataset(eval_dataset) if eval_dataset else None
     labels = options.labels(label or [])
     with session(target, as_json) as opened:
-        ready = _prepared(opened, _Choice(model, model_id, load_options, lora))
+        ready = prepared(opened, choice)
         run = opened.client.train(
             ready,
             rows,
@@ -102,10 +92,10 @@ def train(
             opened.out.note(f"training {run.training_id} on {ready}")
         follow(run, opened.out, cancels_when_left=on_disconnect == "cancel")
         if not as_json:
-            _say_next(ready, opened.out)
+            _say_next(ready, run.training_id, opened.out)
 
 
-def _prepared(opened: Session, choice: _Choice) -> str:
+def prepared(opened: Session, choice: Choice) -> str:
     """Returns the id of a model that is ready to be trained."""
     client, out = opened.client, opened.out
     if choice.model is not None:
@@ -119,8 +109,9 @@ def _prepared(opened: Session, choice: _Choice) -> str:
     return model.model_id
 
 
-def _say_next(model_id: str, out: Output) -> None:
+def _say_next(model_id: str, training_id: str, out: Output) -> None:
     out.note(f'Try it: unslothd generate {model_id} "Hello" --chat')
+    out.note(f"Fetch it: unslothd download {training_id}")
 
 
 def _flags(used: unslothd.LoadOptions) -> str:

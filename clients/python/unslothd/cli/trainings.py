@@ -1,4 +1,4 @@
-"""`unslothd watch`, `trainings` and `cancel`: trainings that run or ran."""
+"""`unslothd watch`, `pause`, `resume`, `cancel` and `trainings`: trainings that run or ran."""
 
 from typing import Annotated, cast
 
@@ -21,7 +21,12 @@ def register(app: typer.Typer) -> None:
     trainings = typer.Typer(no_args_is_help=True)
     trainings.command("list", epilog="Example: unslothd trainings list --state running --state queued")(list_trainings)
     trainings.command("get", epilog="Example: unslothd trainings get training-20261124-120000-abcdef --json")(get)
+    trainings.command("checkpoints", epilog="Example: unslothd trainings checkpoints training-20261124-120000-abcdef")(
+        checkpoints
+    )
     app.add_typer(trainings, name="trainings", help="List trainings and look at one.")
+    app.command("pause", epilog="Example: unslothd pause training-20261124-120000-abcdef")(pause)
+    app.command("resume", epilog="Example: unslothd resume training-20261124-120000-abcdef --checkpoint 40")(resume)
     app.command("cancel", epilog="Example: unslothd cancel training-20261124-120000-abcdef --no-checkpoint")(cancel)
 
 
@@ -95,11 +100,78 @@ def _show(training: unslothd.Training, out: Output) -> None:
         "error": training.error.message,
         "adapter": training.output_dir,
         "checkpoints": ", ".join(str(each.step) for each in training.checkpoints),
+        "best": _best(training),
         "labels": ", ".join(f"{key}={value}" for key, value in sorted(training.labels.items())),
     }
     for name, value in lines.items():
         if value:
             out.line(f"{name:12}{value}")
+
+
+def _best(training: unslothd.Training) -> str:
+    if not training.HasField("best_checkpoint"):
+        return ""
+    best = training.best_checkpoint
+    return f"checkpoint at step {best.step}, eval loss {best.eval_loss:.4f}"
+
+
+def checkpoints(
+    training_id: TrainingId, target: options.Target = DEFAULT_TARGET, as_json: options.Json = False
+) -> None:
+    """List the checkpoints that a training can go on from, oldest first."""
+    with session(target, as_json) as (client, out):
+        training = client.get_training(training_id)
+        if as_json:
+            for each in training.checkpoints:
+                out.json(each)
+        elif training.checkpoints:
+            out.console.print(_checkpoint_table(training))
+        else:
+            out.note(f"{training_id} has no checkpoint; --save-steps of `unslothd train` says how often one is saved")
+
+
+def _checkpoint_table(training: unslothd.Training) -> Table:
+    table = Table("step", "eval loss", "", "saved", Column("folder on the server", overflow="fold"))
+    best = training.best_checkpoint.step if training.HasField("best_checkpoint") else None
+    for each in training.checkpoints:
+        loss = f"{each.eval_loss:.4f}" if each.HasField("eval_loss") else ""
+        mark = "best" if each.step == best else ""
+        table.add_row(str(each.step), loss, mark, texts.moment(each.create_time), each.path)
+    return table
+
+
+def pause(training_id: TrainingId, target: options.Target = DEFAULT_TARGET, as_json: options.Json = False) -> None:
+    """Ask a training to save at its next step and to free its device."""
+    with session(target, as_json) as (client, out):
+        training = client.pause(training_id)
+        if as_json:
+            out.json(training)
+        else:
+            out.line(f"{training_id} is {texts.training_state(training.state)}")
+            out.note(f"Go on: unslothd resume {training_id}")
+
+
+def resume(
+    training_id: TrainingId,
+    checkpoint: Annotated[
+        int, typer.Option(metavar="STEP", min=0, help="Checkpoint to go on from; 0 = the newest. Later ones go.")
+    ] = 0,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not watch it.")] = False,
+    target: options.Target = DEFAULT_TARGET,
+    as_json: options.Json = False,
+) -> None:
+    """Go on with a paused, failed or cancelled training and watch it live. Ctrl-C detaches."""
+    with session(target, as_json) as (client, out):
+        run = client.resume(training_id, checkpoint_step=checkpoint)
+        if not detach:
+            follow(run, out)
+            return
+        training = client.get_training(training_id)
+        if as_json:
+            out.json(training)
+        else:
+            out.line(f"{training_id} is {texts.training_state(training.state)}")
+            out.note(f"Watch it: unslothd watch {training_id} --after {run.last_sequence}")
 
 
 def cancel(
