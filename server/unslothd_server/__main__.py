@@ -13,6 +13,7 @@ import typer
 from unslothd._version import __version__
 from unslothd_server.app.dataset_store import DatasetStore
 from unslothd_server.app.datasets import Datasets
+from unslothd_server.app.model_store import ModelStore
 from unslothd_server.app.models import Models
 from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.app.service import Service
@@ -23,7 +24,6 @@ from unslothd_server.home_lock import HomeLock, HomeTakenError
 from unslothd_server.rpc.server import RpcServer
 from unslothd_server.workers.devices import HostDevices
 from unslothd_server.workers.launcher import WORKER_COMMAND, LocalLauncher
-from unslothd_server.workers.liveness import kill_session
 from unslothd_server.workers.row_checker import SubprocessRowChecker
 
 _GRACE_SECONDS = 5.0
@@ -65,6 +65,14 @@ def serve_command(
         bool | None,
         typer.Option("--allow-insecure-listen", help="Serve on an address that other hosts reach, without TLS."),
     ] = None,
+    on_shutdown: Annotated[
+        str | None,
+        typer.Option(
+            metavar="pause|continue",
+            help="What trainings do when the server stops: pause with a checkpoint, or go on without it. Either way "
+            "the next server on this home goes on with them. (default pause)",
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Run code that model repositories bring along.")
     ] = None,
@@ -86,6 +94,7 @@ def serve_command(
             output_root=output_root,
             model_roots=tuple(model_root) if model_root else None,
             allow_insecure_listen=allow_insecure_listen,
+            on_shutdown=on_shutdown,
             trust_remote_code=trust_remote_code,
             max_loaded_models=max_loaded_models,
         )
@@ -122,9 +131,13 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_
     roots = [str(root) for root in settings.model_roots]
     log.info("ready", home=str(settings.home), output_root=str(settings.output_root), model_roots=roots)
     await stop.wait()
-    log.info("stopping", hint="trainings are saved and models unloaded; this takes at most a few minutes")
+    hints = {
+        "pause": "trainings pause at their next step and go on at the next start; this takes at most a few minutes",
+        "continue": "workers go on; the next start takes them over",
+    }
+    log.info("stopping", hint=hints[settings.on_shutdown])
     await server.announce_stop()
-    await service.close()
+    await service.close(leave_running=settings.on_shutdown == "continue")
     await server.stop(_GRACE_SECONDS)
     lock.release()
     log.info("stopped")
@@ -136,27 +149,27 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
     datasets = Datasets(
         DatasetStore(settings.home / "datasets"), SubprocessRowChecker(), max_bytes=settings.max_dataset_bytes
     )
-    trainings = Trainings(
-        TrainingStore(settings.home / "trainings", settings.output_root),
-        roots,
-        datasets.rows_of,
-        max_queued=settings.max_queued_trainings,
-        heartbeat_seconds=settings.heartbeat_seconds,
-    )
     launcher = LocalLauncher(settings.home, trust_remote_code=settings.trust_remote_code, command=worker_command)
-    for leftover in launcher.attach_living():
-        # Not asked to end: it would write into the log that somebody cancelled its training.
-        await kill_session(leftover.pid, within_s=_GRACE_SECONDS)
-        await leftover.stop()
-    trainings.recover()
     models = Models(
         launcher,
         HostDevices(),
         # An adapter that was trained on a .gguf file names its conversion in the cache as its base model.
         AllowedRoots([*settings.model_roots, settings.output_root, settings.home / "cache"]),
+        ModelStore(settings.home / "models"),
         max_loaded=settings.max_loaded_models,
-        result_of=trainings.result_of,
+        result_of=lambda training_id, step: trainings.result_of(training_id, step),  # noqa: PLW0108 - made below
     )
+    trainings = Trainings(
+        TrainingStore(settings.home / "trainings", settings.output_root),
+        models,
+        roots,
+        datasets.rows_of,
+        max_queued=settings.max_queued_trainings,
+        heartbeat_seconds=settings.heartbeat_seconds,
+    )
+    trainings.read_all()
+    await models.recover(launcher.attach_living())
+    await trainings.go_on()
     return Service(
         datasets,
         models,

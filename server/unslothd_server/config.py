@@ -3,7 +3,7 @@
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -44,6 +44,10 @@ class Settings(BaseSettings):
     )
     allow_insecure_listen: bool = Field(
         default=False, description="Serve without TLS and tokens on an address that other hosts can reach."
+    )
+    on_shutdown: Literal["pause", "continue"] = Field(
+        default="pause",
+        description="What trainings do when the server stops: pause with a checkpoint until it is back, or go on.",
     )
     trust_remote_code: bool = Field(default=False, description="Run code that model repositories bring along.")
     max_message_bytes: int = Field(default=10 * MIB, ge=MIB, le=64 * MIB)

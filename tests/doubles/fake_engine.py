@@ -203,7 +203,7 @@ class FakeTraining:
 
     def _run_step(self, step: int) -> None:
         self._wait_gate("step_gate", step, heeds_stop=False)
-        if step == self._script.get("die_at_step"):
+        if step == self._script.get("die_at_step") and self._is_to_die():
             _misbehave(self._script.get("die", "SIGKILL"))
         progress = StepProgress(
             step=step,
@@ -224,6 +224,14 @@ class FakeTraining:
             self._save(step)
         if self._request.config.eval_steps and step % self._request.config.eval_steps == 0:
             self._emit(TrainingEvent(evaluation=Evaluation(step=step, eval_loss=2.0 / step, perplexity=1.0)))
+
+    def _is_to_die(self) -> bool:
+        marker = self._script.get("die_once")
+        if marker is None:
+            return True
+        died_before = Path(marker).exists()
+        Path(marker).touch()
+        return not died_before
 
     def _wait_gate(self, knob: str, step: int, *, heeds_stop: bool) -> None:
         if knob not in self._script:

@@ -24,6 +24,7 @@ Knobs of a training, in the first row of its dataset (a JSONL file), e.g. {"text
     step_seconds    seconds from the begin of one step to that of the next, counted from the first
     die_at_step     misbehave in step N, before its event
     die             how: the misbehaviour, default SIGKILL
+    die_once        path: it dies only if this file is not there yet, and makes it
     flood           N warning events before the first step
     fork            N forked children that never end by themselves, before the first step
 

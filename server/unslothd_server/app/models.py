@@ -4,26 +4,27 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+
+import structlog
 
 from unslothd.v1.error_reason_pb2 import ErrorReason
-from unslothd.v1.model_pb2 import LoadProgress, LoraConfig, Model
+from unslothd.v1.model_pb2 import LoraConfig, Model
 from unslothd.v1.server_info_pb2 import Device
 from unslothd.v1.service_pb2 import GenerateRequest, LoadModelRequest, LoadModelResponse, PrepareForTrainingRequest
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd.worker.v1 import worker_service_pb2 as worker_pb2
-from unslothd_server.app.broadcast import Broadcast
 from unslothd_server.app.idempotency import SeenRequests, content_digest
+from unslothd_server.app.loaded_model import LoadedModel, take_over
 from unslothd_server.app.memory_admission import MemoryAdmission
+from unslothd_server.app.model_store import ModelStore, StoredModel
+from unslothd_server.app.model_workers import ModelWorkers
 from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.app.ports import Devices, Worker, WorkerLauncher
-from unslothd_server.app.sources import ModelSource, resolve_model_source
+from unslothd_server.app.sources import resolve_model_source
 from unslothd_server.app.training_config import completed
-from unslothd_server.app.training_state import now
-from unslothd_server.app.worker_exit import worker_died
 from unslothd_server.errors import (
+    AlreadyExistsError,
     ExhaustedError,
     FieldViolation,
     InvalidFieldsError,
@@ -33,52 +34,11 @@ from unslothd_server.errors import (
     UnslothdError,
 )
 
+log = structlog.get_logger()
+
 DEFAULT_MAX_SEQ_LENGTH = 2048
 # A worker says what memory it holds within milliseconds, or later while it imports or trains; readers do not wait.
 _STATUS_SECONDS = 2.0
-
-
-@dataclass
-class LoadedModel:
-    """A model and the worker that holds it.
-
-    Args:
-        model: As the API shows it; memory_bytes as last heard.
-        progress: Of its loading; closed when that is over.
-        worker: None until it answers.
-        prepared_config: What PrepareForTraining was given, without defaults.
-        lock: Held by whoever changes the model: prepare and unload.
-        failure: Why it is FAILED.
-    """
-
-    model: Model
-    progress: Broadcast[LoadProgress] = field(default_factory=Broadcast[LoadProgress])
-    worker: Worker | None = None
-    prepared_config: TrainingConfig = field(default_factory=TrainingConfig)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    failure: UnslothdError | None = None
-    task: "asyncio.Task[None] | None" = None
-
-    @property
-    def model_id(self) -> str:
-        """The id of the model."""
-        return self.model.model_id
-
-    def require_worker(self) -> Worker:
-        """Returns the worker of a loaded model.
-
-        Raises:
-            UnslothdError: What made it fail, or MODEL_NOT_READY while it loads or unloads.
-        """
-        if self.failure is not None:
-            raise self.failure
-        if self.worker is None or self.model.state in {Model.STATE_LOADING, Model.STATE_UNLOADING}:
-            state = Model.State.Name(self.model.state).removeprefix("STATE_").lower()
-            raise PreconditionError(
-                ErrorReason.ERROR_REASON_MODEL_NOT_READY,
-                f'Model "{self.model_id}" is {state}; wait until GetModel shows it READY.',
-            )
-        return self.worker
 
 
 class Models:
@@ -88,8 +48,9 @@ class Models:
         launcher: Starts workers.
         devices: What there is to load onto.
         roots: Folders that models may be read from.
+        store: Where models are kept on disk.
         max_loaded: Most models at a time.
-        result_of: Returns the folder of a training's final adapter.
+        result_of: Returns the folder of a training's final adapter (step 0) or of one of its checkpoints.
     """
 
     def __init__(
@@ -97,19 +58,77 @@ class Models:
         launcher: WorkerLauncher,
         devices: Devices,
         roots: AllowedRoots,
+        store: ModelStore,
         *,
         max_loaded: int,
-        result_of: Callable[[str], Path],
+        result_of: Callable[[str, int], Path],
     ) -> None:
-        self._launcher = launcher
         self._devices = devices
         self._roots = roots
+        self._store = store
         self._max_loaded = max_loaded
         self._result_of = result_of
         self._models: dict[str, LoadedModel] = {}
         self._requests = SeenRequests[LoadedModel]()
         self._admission = MemoryAdmission(devices)
+        self._workers = ModelWorkers(launcher, self._admission, store)
+        self._loads: set[asyncio.Task[None]] = set()
         self._closing = False
+
+    @property
+    def is_closing(self) -> bool:
+        """True once the server stops."""
+        return self._closing
+
+    # --- after a start ---
+
+    async def recover(self, living: Iterable[Worker]) -> None:
+        """Brings the models of an earlier server back: living workers are taken over, dead ones are started again.
+
+        A suspended model stays so. Workers that belong to no model are ended. Returns before loads have ended.
+        """
+        workers = {worker.model_id: worker for worker in living}
+        for stored in self._store.load_all():
+            worker = workers.pop(stored.model.model_id, None)
+            entry = self._enter(stored)
+            if stored.unloading:
+                await self._finish_unload(entry, worker)
+            elif worker is None or not await self._adopt(entry, worker):
+                self._bring_back(entry)
+        await asyncio.gather(*(worker.stop() for worker in workers.values()))
+
+    def _enter(self, stored: StoredModel) -> LoadedModel:
+        stored.model.active_training_id = ""
+        stored.model.state = Model.STATE_SUSPENDED if stored.suspended else Model.STATE_LOADING
+        entry = LoadedModel(stored)
+        self._models[entry.model_id] = entry
+        self._requests.remember(stored.request.request_id, stored.digest, entry)
+        return entry
+
+    async def _adopt(self, entry: LoadedModel, worker: Worker) -> bool:
+        try:
+            adopted = await self._workers.adopt(entry, worker)
+        except UnslothdError as error:
+            log.warning("a worker could not be taken over", model=entry.model_id, error=error.message)
+            await worker.stop()
+            return False
+        entry.progress.close()
+        return adopted
+
+    async def _finish_unload(self, entry: LoadedModel, worker: Worker | None) -> None:
+        if worker is not None:
+            await worker.stop()
+        self._forget(entry)
+
+    def _bring_back(self, entry: LoadedModel) -> None:
+        if entry.stored.suspended:
+            entry.progress.close()
+            return
+        try:
+            self._in_background(self._load(entry, token="", keep_failed=True), entry)
+        except UnslothdError as error:
+            entry.model.state, entry.failure = Model.STATE_FAILED, error
+            entry.progress.close(error)
 
     # --- reading ---
 
@@ -143,7 +162,9 @@ class Models:
         devices = self._devices.list()
         for device in devices:
             device.model_ids.extend(
-                entry.model_id for entry in self._models.values() if entry.model.device == device.device
+                entry.model_id
+                for entry in self._models.values()
+                if entry.model.device == device.device and entry.worker is not None
             )
         return devices
 
@@ -154,82 +175,69 @@ class Models:
         digest = content_digest(request)
         entry = self._requests.find(request.request_id, digest)
         if entry is None:
-            entry = self._begin_load(request)
-            self._requests.remember(request.request_id, digest, entry)
+            entry = self._begin_load(request, digest)
         async for progress in entry.progress.follow():
             yield LoadModelResponse(progress=progress)
         yield LoadModelResponse(model=entry.model)
 
-    def _begin_load(self, request: LoadModelRequest) -> LoadedModel:
-        if self._closing:
-            raise _stopping()
-        if len(self._models) >= self._max_loaded:
-            raise ExhaustedError(
-                ErrorReason.ERROR_REASON_TOO_MANY_MODELS,
-                f"{self._max_loaded} models are loaded, the most this server holds. Unload one with UnloadModel.",
-            )
+    def _begin_load(self, request: LoadModelRequest, digest: str) -> LoadedModel:
         source = resolve_model_source(request.model_name, self._roots, self._result_of)
-        model_id = _free_id(source.base_id, self._models)
-        self._admission.reserve(model_id, source, request)
-        entry = LoadedModel(
+        self._check_room()
+        kept = LoadModelRequest()
+        kept.CopyFrom(request)
+        kept.ClearField("token")
+        stored = StoredModel(
             Model(
-                model_id=model_id,
+                model_id=_free_id(source.base_id, self._models),
                 model_name=request.model_name,
                 state=Model.STATE_LOADING,
                 max_seq_length=request.max_seq_length or DEFAULT_MAX_SEQ_LENGTH,
                 device_map=request.device_map or "auto",
                 full_finetuning=request.full_finetuning,
-            )
+            ),
+            kept,
+            source.source,
+            digest=digest,
         )
-        self._models[model_id] = entry
-        entry.task = asyncio.create_task(self._load(entry, source, request), name=f"load {model_id}")
+        entry = LoadedModel(stored)
+        loading = self._load(entry, token=request.token, keep_failed=False)
+        self._in_background(loading, entry)
+        self._store.save(stored)
+        self._models[entry.model_id] = entry
+        self._requests.remember(request.request_id, digest, entry)
         return entry
 
-    async def _load(self, entry: LoadedModel, source: ModelSource, request: LoadModelRequest) -> None:
-        starting = LoadProgress(phase=LoadProgress.PHASE_STARTING_WORKER, model_id=entry.model_id)
-        entry.progress.append(starting)
-        error: Exception | None = None
-        try:
-            entry.worker = await self._launcher.launch(entry.model_id, device_map=entry.model.device_map)
-            async for response in entry.worker.load(_worker_load(request, source, entry.model)):
-                if response.HasField("progress"):
-                    response.progress.model_id = entry.model_id
-                    entry.progress.append(response.progress)
-                else:
-                    _take_over(entry.model, response.model)
-        except asyncio.CancelledError:  # by `unload` or `close`, which wait for this to end
-            error = PreconditionError(
-                ErrorReason.ERROR_REASON_MODEL_NOT_READY,
-                f'Model "{entry.model_id}" was unloaded while it loaded. Load it again if that was not meant.',
+    def _check_room(self) -> None:
+        if self._closing:
+            raise stopping()
+        if len(self._models) >= self._max_loaded:
+            raise ExhaustedError(
+                ErrorReason.ERROR_REASON_TOO_MANY_MODELS,
+                f"{self._max_loaded} models are loaded, the most this server holds. Unload one with UnloadModel.",
             )
-        except Exception as caught:  # noqa: BLE001 - whatever it is, the callers of LoadModel get it
-            error = caught
-        finally:
-            self._admission.release(entry.model_id)
-        if error is None:
-            entry.model.state = Model.STATE_READY
-            entry.model.load_time.CopyFrom(now())
-            entry.task = asyncio.create_task(self._watch_over(entry), name=f"watch over {entry.model_id}")
-        else:
-            await self._discard(entry, request.request_id)
-        entry.progress.close(error)
 
-    async def _discard(self, entry: LoadedModel, request_id: str) -> None:
-        """Nothing of a failed load stays: no process, no name, no memory of its request_id."""
-        self._models.pop(entry.model_id, None)
-        self._requests.forget(request_id)
-        if entry.worker is not None:
-            await entry.worker.stop()
+    def _load(self, entry: LoadedModel, *, token: str, keep_failed: bool) -> "asyncio.Task[None]":
+        """Begins to load; raises INSUFFICIENT_MEMORY before anything is begun."""
+        bringing_up = self._workers.bring_up(entry, token=token)
 
-    async def _watch_over(self, entry: LoadedModel) -> None:
-        """Notices the death of a worker that nobody asked to end."""
-        assert entry.worker is not None
-        how = await entry.worker.exited()
-        if not how.asked:
-            entry.failure = worker_died(entry.model_id, how)
-            entry.model.state = Model.STATE_FAILED
-            entry.model.memory_bytes = 0
-            entry.model.active_training_id = ""
+        async def see_end() -> None:
+            error = await bringing_up
+            if error is not None and not keep_failed:
+                self._forget(entry)
+            entry.progress.close(error)
+
+        return asyncio.create_task(see_end(), name=f"load {entry.model_id}")
+
+    def _in_background(self, task: "asyncio.Task[None]", entry: LoadedModel) -> None:
+        self._loads.add(task)
+        task.add_done_callback(self._loads.discard)
+
+    def _forget(self, entry: LoadedModel) -> None:
+        """Nothing of the model stays: no name, no file, no memory of its request_id."""
+        if self._models.get(entry.model_id) is entry:
+            self._models.pop(entry.model_id)
+            self._store.remove(entry.model_id)
+        self._requests.forget(entry.stored.request.request_id)
 
     # --- preparing ---
 
@@ -238,41 +246,120 @@ class Models:
         entry = self.get(request.model_id)
         async with entry.lock:
             worker = entry.require_worker()
-            if entry.model.state == Model.STATE_TRAINING:
-                raise PreconditionError(
-                    ErrorReason.ERROR_REASON_MODEL_BUSY,
-                    f'Training "{entry.model.active_training_id}" runs on "{entry.model_id}". '
-                    "Wait for its end (WatchTraining) or stop it (CancelTraining).",
-                )
+            self._require_idle(entry, "prepare it")
             if entry.model.full_finetuning and request.HasField("lora"):
                 raise InvalidFieldsError(
                     [FieldViolation("lora", "must be unset: the model was loaded for full fine-tuning")]
                 )
             config = completed(request.training_config, entry.model)
-            model = await worker.prepare(
-                worker_pb2.PrepareForTrainingRequest(
-                    lora=request.lora if request.HasField("lora") else None,
-                    seed=config.seed,
-                    use_gradient_checkpointing=config.use_gradient_checkpointing,
-                )
+            wanted = worker_pb2.PrepareForTrainingRequest(
+                lora=request.lora if request.HasField("lora") else None,
+                seed=config.seed,
+                use_gradient_checkpointing=config.use_gradient_checkpointing,
             )
-            _take_over(entry.model, model)
+            take_over(entry.model, await worker.prepare(wanted))
             entry.model.state = Model.STATE_PREPARED
             entry.prepared_config.CopyFrom(request.training_config)
+            self._remember_preparation(entry, wanted)
         return entry.model, config, entry.model.lora if entry.model.HasField("lora") else None
 
-    # --- generating ---
+    def _remember_preparation(self, entry: LoadedModel, wanted: worker_pb2.PrepareForTrainingRequest) -> None:
+        """The first preparation made the weights; later ones only changed the config."""
+        if entry.stored.prepare is None:
+            if entry.model.HasField("lora"):
+                wanted.lora.CopyFrom(entry.model.lora)
+            entry.stored.prepare = wanted
+        self._store.save(entry.stored)
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[worker_pb2.GenerateResponse]:
-        """Streams text from a model that no training runs on."""
-        entry = self.get(request.model_id)
-        worker = entry.require_worker()
+    def _require_idle(self, entry: LoadedModel, what: str) -> None:
         if entry.model.state == Model.STATE_TRAINING:
             raise PreconditionError(
                 ErrorReason.ERROR_REASON_MODEL_BUSY,
-                f'Training "{entry.model.active_training_id}" runs on "{entry.model_id}"; generate when it is over.',
+                f'Training "{entry.model.active_training_id}" runs on "{entry.model_id}"; {what} when it is over '
+                "(WatchTraining), or stop it (CancelTraining).",
             )
-        return worker.generate(worker_pb2.GenerateRequest(request=request))
+
+    # --- what a worker does for a caller ---
+
+    def idle_worker(self, model_id: str, what: str) -> Worker:
+        """Returns the worker of a model that no training runs on.
+
+        Args:
+            model_id: The model.
+            what: What the caller wants to do, for the error: "generate".
+
+        Raises:
+            UnslothdError: MODEL_NOT_FOUND, MODEL_NOT_READY, MODEL_BUSY, or what made the model fail.
+        """
+        entry = self.get(model_id)
+        worker = entry.require_worker()
+        self._require_idle(entry, what)
+        return worker
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[worker_pb2.GenerateResponse]:
+        """Streams text from a model that no training runs on."""
+        return self.idle_worker(request.model_id, "generate").generate(worker_pb2.GenerateRequest(request=request))
+
+    # --- for trainings ---
+
+    async def working(self, entry: LoadedModel) -> Worker:
+        """Returns the worker of a model, started anew if it is suspended, being brought back, or was lost.
+
+        Raises:
+            UnslothdError: Why there is none.
+        """
+        if entry.bringing_up is None and (entry.worker is None or entry.failure is not None):
+            if self._closing:
+                raise stopping()
+            await self._workers.put_away(entry)
+            self._workers.bring_up(entry)
+        if entry.bringing_up is not None:
+            error = await asyncio.shield(entry.bringing_up)
+            if error is not None:
+                raise error
+        return entry.require_worker()
+
+    async def lose(self, entry: LoadedModel) -> None:
+        """Ends what is left of a worker that died or does not answer; `working` starts another one."""
+        await self._workers.put_away(entry)
+
+    async def suspend(self, entry: LoadedModel) -> None:
+        """Frees the device of a model whose training is paused; `working` brings it back."""
+        entry.model.state = Model.STATE_SUSPENDED
+        entry.stored.suspended = True
+        self._store.save(entry.stored)
+        await self._workers.put_away(entry)
+
+    def start_from(self, entry: LoadedModel, folder: Path) -> None:
+        """A worker that takes the place of this model's starts from these weights: the results of a training."""
+        if entry.stored.prepare is not None:
+            entry.stored.prepare.weights_from = str(folder)
+            self._store.save(entry.stored)
+
+    def found_or_restored(self, stored: StoredModel) -> LoadedModel:
+        """Returns the model that a training ran on, or enters it again, suspended, as it was then.
+
+        Raises:
+            AlreadyExistsError: Another model has its id now (MODEL_ID_TAKEN).
+            ExhaustedError: Too many models are loaded.
+        """
+        entry = self._models.get(stored.model.model_id)
+        if entry is not None and entry.stored.same_making(stored):
+            return entry
+        if entry is not None:
+            raise AlreadyExistsError(
+                ErrorReason.ERROR_REASON_MODEL_ID_TAKEN,
+                f'Another model is loaded as "{entry.model_id}", or it was prepared otherwise. Unload it with '
+                "UnloadModel, then resume: the training's model is loaded again by itself.",
+            )
+        self._check_room()
+        restored = stored.copy()
+        restored.suspended, restored.unloading = True, False
+        restored.request.ClearField("request_id")
+        entry = self._enter(restored)
+        entry.progress.close()
+        self._store.save(restored)
+        return entry
 
     # --- unloading ---
 
@@ -285,18 +372,18 @@ class Models:
         async with entry.lock:
             if self._models.get(model_id) is not entry:  # another caller was faster
                 return 0
-            if entry.model.state == Model.STATE_LOADING and entry.task is not None:
-                entry.task.cancel()
-                await entry.task
+            entry.stored.unloading = True
+            self._store.save(entry.stored)
+            if entry.bringing_up is not None:
+                entry.bringing_up.cancel()
+                await asyncio.wait([entry.bringing_up])
+                self._forget(entry)
                 return 0
             before = self._free_bytes(entry)
             held = (await self.describe(model_id)).memory_bytes
             entry.model.state = Model.STATE_UNLOADING
-            if entry.worker is not None:
-                await entry.worker.stop()
-            if entry.task is not None:
-                await entry.task
-            self._models.pop(model_id, None)
+            await self._workers.put_away(entry)
+            self._forget(entry)
             if entry.model.device.startswith("cuda"):
                 return max(0, self._free_bytes(entry) - before)
             # On a CPU other processes move the free memory by more than a model; what it held is gone with it.
@@ -305,65 +392,36 @@ class Models:
     def _free_bytes(self, entry: LoadedModel) -> int:
         return sum(each.free_memory_bytes for each in self._devices.list() if each.device == entry.model.device)
 
-    async def close(self) -> None:
-        """Ends every worker and every load."""
+    # --- ending ---
+
+    def refuse_new(self) -> None:
+        """From now on no model is loaded or brought up; callers that wait for a load are told."""
         self._closing = True
-        entries = list(self._models.values())
-        for entry in entries:
-            entry.progress.close(_stopping())
-        await asyncio.gather(*(entry.worker.stop() for entry in entries if entry.worker is not None))
-        tasks = [entry.task for entry in entries if entry.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for entry in self._models.values():
+            entry.progress.close(stopping())
+
+    async def close(self, *, leave_workers: bool) -> None:
+        """Ends every load; then ends every worker, or leaves them to the next server. The models stay known to it."""
+        self.refuse_new()
+        for entry in list(self._models.values()):
+            if entry.bringing_up is not None:
+                entry.bringing_up.cancel()
+                await asyncio.wait([entry.bringing_up])
+        entries = [entry for entry in self._models.values() if entry.worker is not None]
+        if leave_workers:
+            for entry in entries:
+                if entry.watch is not None:
+                    entry.watch.cancel()
+            await asyncio.gather(*(entry.worker.detach() for entry in entries if entry.worker is not None))
+        else:
+            await asyncio.gather(*(self._workers.put_away(entry) for entry in entries))
+        await asyncio.gather(*self._loads, return_exceptions=True)
 
 
-def _stopping() -> UnavailableError:
+def stopping() -> UnavailableError:
+    """The error of a call that comes while the server stops."""
     return UnavailableError(
         ErrorReason.ERROR_REASON_SERVER_STOPPING, "The server is stopping; call again once it is back."
-    )
-
-
-def _worker_load(request: LoadModelRequest, source: ModelSource, model: Model) -> worker_pb2.LoadModelRequest:
-    return worker_pb2.LoadModelRequest(
-        model_name=request.model_name,
-        source=source.source,
-        max_seq_length=model.max_seq_length,
-        load_in_4bit=request.load_in_4bit if request.HasField("load_in_4bit") else None,
-        token=request.token,
-        dtype=request.dtype,
-        revision=request.revision,
-        full_finetuning=request.full_finetuning,
-    )
-
-
-# Fields of Model that the registry knows; all others are the engine's to say.
-_OURS: tuple[Literal["model_id", "model_name", "state", "load_time", "active_training_id", "device_map"], ...] = (
-    "model_id",
-    "model_name",
-    "state",
-    "load_time",
-    "active_training_id",
-    "device_map",
-)
-
-
-def _take_over(model: Model, from_worker: Model) -> None:
-    """Copies what the engine knows about the model; the rest is the registry's own."""
-    ours = Model()
-    ours.CopyFrom(model)
-    model.CopyFrom(from_worker)
-    for name in _OURS:
-        model.ClearField(name)
-    model.MergeFrom(
-        Model(
-            model_id=ours.model_id,
-            model_name=ours.model_name,
-            state=ours.state,
-            load_time=ours.load_time if ours.HasField("load_time") else None,
-            active_training_id=ours.active_training_id,
-            device_map=ours.device_map,
-        )
     )
 
 

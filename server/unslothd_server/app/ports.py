@@ -66,6 +66,10 @@ class Worker(Protocol):
         """Ends the process by the bounded stop ladder; returns once it is gone. Repeatable."""
         ...
 
+    async def detach(self) -> None:
+        """Lets go of a worker that shall live on without this server. No call may follow."""
+        ...
+
     async def exited(self) -> WorkerExit:
         """Returns once the process is gone, for whatever reason. Any number of callers may wait."""
         ...

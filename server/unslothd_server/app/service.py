@@ -74,20 +74,26 @@ class Service:
                 "Wait for the end, cancel them, or unload with force, which cancels them with a checkpoint.",
             )
         if pending:
-            await self.trainings.stop_all_on(model_id, self.models)
+            await self.trainings.stop_all_on(model_id)
         return await self.models.unload(model_id)
 
-    async def close(self) -> None:
-        """Ends watches with a resumable error, then trainings with a checkpoint, then the workers."""
+    async def close(self, *, leave_running: bool = False) -> None:
+        """Ends watches with a resumable error, then pauses what trains and ends the workers.
+
+        Args:
+            leave_running: Workers go on; the next server on this home takes them over.
+        """
         self.trainings.interrupt_watchers(
             UnavailableError(
                 ErrorReason.ERROR_REASON_SERVER_STOPPING,
                 "The server is stopping. Once it is back, WatchTraining after your last sequence shows the rest.",
             )
         )
-        await self.trainings.stop_running(self.models)
-        await self.models.close()
-        await self.trainings.close()
+        if not leave_running:
+            await self.trainings.pause_running()
+        self.models.refuse_new()
+        await self.trainings.close(leave_running=leave_running)
+        await self.models.close(leave_workers=leave_running)
 
 
 def _engine_versions() -> dict[str, str]:

@@ -29,20 +29,24 @@ class ModelSource:
     base_id: str
 
 
-def resolve_model_source(name: str, roots: AllowedRoots, result_of: Callable[[str], Path]) -> ModelSource:
+def resolve_model_source(name: str, roots: AllowedRoots, result_of: Callable[[str, int], Path]) -> ModelSource:
     """Works out what a model_name means.
 
     Args:
         name: As the caller gave it.
         roots: Folders that may be read.
-        result_of: Returns the folder of a training's final adapter; raises NotFoundError.
+        result_of: Returns the folder of a training's final adapter (step 0) or of a checkpoint; raises NotFoundError.
 
     Raises:
         UnslothdError: MODEL_SOURCE_NOT_FOUND, TRAINING_NOT_FOUND, PATH_NOT_ALLOWED or INVALID_FIELD.
     """
     if name.startswith(_TRAINING):
-        training_id = name.removeprefix(_TRAINING)
-        return _local(result_of(training_id), training_id, roots)
+        training_id, _, checkpoint = name.removeprefix(_TRAINING).partition("/checkpoint-")
+        if checkpoint and not (checkpoint.isdecimal() and int(checkpoint)):
+            raise InvalidFieldsError(
+                [FieldViolation("model_name", f'"checkpoint-{checkpoint}" names no step; write e.g. "checkpoint-40"')]
+            )
+        return _local(result_of(training_id, int(checkpoint or 0)), training_id, roots)
     if _is_path(name):
         path = roots.require(name, ErrorReason.ERROR_REASON_MODEL_SOURCE_NOT_FOUND, "model")
         return _local(path, path.stem if path.suffix == ".gguf" else path.name, roots)
@@ -55,7 +59,8 @@ def resolve_model_source(name: str, roots: AllowedRoots, result_of: Callable[[st
         [
             FieldViolation(
                 "model_name",
-                f'"{name}" is no Hub id ("org/name"), no path below {roots}, and not "training:<training_id>"',
+                f'"{name}" is no Hub id ("org/name"), no path below {roots}, and neither "training:<training_id>" nor '
+                '"training:<training_id>/checkpoint-<step>"',
             )
         ]
     )

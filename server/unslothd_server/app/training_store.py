@@ -2,13 +2,15 @@
 
 import errno
 import json
-import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.json_format import MessageToDict, ParseDict
 
@@ -16,10 +18,12 @@ from unslothd.v1.dataset_pb2 import DataFormat, DatasetSource
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.training_pb2 import Training
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
+from unslothd_server.app.files import write_json
+from unslothd_server.app.model_store import StoredModel
 from unslothd_server.errors import AlreadyExistsError, ExhaustedError
 from unslothd_server.event_log import EVENT_LOG_NAME
 
-STATE_VERSION = 1
+STATE_VERSION = 2  # 1 had no model, wish and resume_at_most
 FINAL = "final"
 
 _SUFFIXES = {
@@ -31,6 +35,25 @@ _SUFFIXES = {
 }
 
 
+class StopWish(StrEnum):
+    """How a training was asked to stop. The server keeps it until it is done."""
+
+    NONE = "none"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+    CANCEL_SAVING = "cancel_saving"
+
+    @property
+    def weight(self) -> int:
+        """A wish replaces those of less weight."""
+        return list(StopWish).index(self)
+
+    @property
+    def is_cancel(self) -> bool:
+        """True when it shall not go on."""
+        return self in {StopWish.CANCEL, StopWish.CANCEL_SAVING}
+
+
 @dataclass
 class StoredTraining:
     """What `training.json` holds.
@@ -39,11 +62,38 @@ class StoredTraining:
         training: As it was accepted; the event log says what became of it.
         assignment: What the worker is told.
         digest: SHA-256 of the request, for retries with the same request_id.
+        model: How its model was made, for when that has to be made again; None in files of version 1.
+        wish: How it was asked to stop.
+        resume_at_most: Step of the checkpoint that ResumeTraining chose; 0 = the newest.
+        resume_on_start: It was paused by the end of a server, and the next one goes on with it.
     """
 
     training: Training
     assignment: StartTrainingRequest
     digest: str
+    model: StoredModel | None
+    wish: StopWish = StopWish.NONE
+    resume_at_most: int = 0
+    resume_on_start: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingDraft:
+    """A training that nothing is on disk of yet.
+
+    Args:
+        training: As the API will show it.
+        assignment: What the worker is told, without datasets.
+        train_dataset: Rows to train on, paths resolved, inline rows still inside.
+        eval_dataset: The same for the eval rows; None = none.
+        model: How its model was made.
+    """
+
+    training: Training
+    assignment: StartTrainingRequest
+    train_dataset: DatasetSource
+    eval_dataset: DatasetSource | None
+    model: StoredModel
 
 
 class TrainingStore:
@@ -58,6 +108,8 @@ class TrainingStore:
         self._folder = folder
         self.output_root = output_root
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for leftover in folder.glob(".plan-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def folder_of(self, training_id: str) -> Path:
         """The folder of a training."""
@@ -68,8 +120,9 @@ class TrainingStore:
         return self.folder_of(training_id) / EVENT_LOG_NAME
 
     def new_id(self) -> str:
-        """An id that sorts by time."""
-        return f"training-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        """An id that sorts by time, to the millisecond."""
+        moment = datetime.now(UTC)
+        return f"training-{moment:%Y%m%d-%H%M%S}-{moment.microsecond // 1000:03x}{secrets.token_hex(2)[:3]}"
 
     def free_output_dir(self, name: str, *, explicit: bool, taken: Iterable[str]) -> Path:
         """Returns the folder for the results of a new training.
@@ -94,29 +147,37 @@ class TrainingStore:
             candidate, number = self.output_root / f"{name}-{number}", number + 1
         return candidate
 
-    def create(self, stored: StoredTraining, train: DatasetSource, evaluation: DatasetSource | None) -> None:
+    def create(self, draft: TrainingDraft, digest: str) -> StoredTraining:
         """Makes the folder: inline rows as files, then training.json last, so that a folder without it is no training.
 
         Args:
-            stored: Its assignment gets the datasets, with paths in place of inline rows.
-            train: Rows as asked, paths resolved.
-            evaluation: The same for the eval rows.
+            draft: What is accepted.
+            digest: SHA-256 of the request.
 
         Raises:
             ExhaustedError: The disk is full (DISK_FULL). Nothing of the training stays.
         """
-        folder = self.folder_of(stored.training.training_id)
+        folder = self.folder_of(draft.training.training_id)
         try:
             folder.mkdir(mode=0o700)
-            stored.assignment.train_dataset.CopyFrom(_on_disk(train, folder / "train"))
-            if evaluation is not None:
-                stored.assignment.eval_dataset.CopyFrom(_on_disk(evaluation, folder / "eval"))
+            stored = StoredTraining(draft.training, _with_rows(draft, folder), digest, draft.model)
             self.save(stored)
         except OSError as error:
-            self.remove(stored.training.training_id)
+            self.remove(draft.training.training_id)
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise _disk_full(self._folder) from error
             raise
+        return stored
+
+    @contextmanager
+    def scratch(self, draft: TrainingDraft) -> Generator[StartTrainingRequest]:
+        """The assignment of a draft that is only looked at; its inline rows are files inside the block."""
+        folder = self._folder / f".plan-{draft.training.training_id}"
+        try:
+            folder.mkdir(mode=0o700)
+            yield _with_rows(draft, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self, training_id: str) -> None:
         """Takes back a training that was not accepted after all."""
@@ -124,19 +185,17 @@ class TrainingStore:
 
     def save(self, stored: StoredTraining) -> None:
         """Replaces training.json in one step."""
-        path = self.folder_of(stored.training.training_id) / "training.json"
-        temporary = path.with_suffix(".json.tmp")
         content = {
             "version": STATE_VERSION,
             "digest": stored.digest,
             "training": MessageToDict(stored.training, preserving_proto_field_name=True),
             "assignment": MessageToDict(stored.assignment, preserving_proto_field_name=True),
+            "model": None if stored.model is None else stored.model.to_json(),
+            "wish": stored.wish.value,
+            "resume_at_most": stored.resume_at_most,
+            "resume_on_start": stored.resume_on_start,
         }
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        write_json(self.folder_of(stored.training.training_id) / "training.json", content)
 
     def load_all(self) -> list[StoredTraining]:
         """Reads every training, oldest first."""
@@ -144,12 +203,27 @@ class TrainingStore:
 
 
 def _read(path: Path) -> StoredTraining:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    model = content.get("model")
     return StoredTraining(
         training=ParseDict(content["training"], Training(), ignore_unknown_fields=True),
         assignment=ParseDict(content["assignment"], StartTrainingRequest(), ignore_unknown_fields=True),
         digest=content["digest"],
+        model=None if model is None else StoredModel.from_json(model),
+        wish=StopWish(content.get("wish", StopWish.NONE)),
+        resume_at_most=content.get("resume_at_most", 0),
+        resume_on_start=content.get("resume_on_start", False),
     )
+
+
+def _with_rows(draft: TrainingDraft, folder: Path) -> StartTrainingRequest:
+    """The assignment with its datasets; inline rows become files in the folder."""
+    assignment = StartTrainingRequest()
+    assignment.CopyFrom(draft.assignment)
+    assignment.train_dataset.CopyFrom(_on_disk(draft.train_dataset, folder / "train"))
+    if draft.eval_dataset is not None:
+        assignment.eval_dataset.CopyFrom(_on_disk(draft.eval_dataset, folder / "eval"))
+    return assignment
 
 
 def _on_disk(source: DatasetSource, stem: Path) -> DatasetSource:

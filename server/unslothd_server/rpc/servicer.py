@@ -92,7 +92,7 @@ class UnslothServicer(UnslothServiceServicer):
 
     async def Train(self, request: pb.TrainRequest, context: Context) -> AsyncIterator[pb.TrainResponse]:
         """Every event of a new training, from the first."""
-        run = self._service.trainings.accept(request, self._service.models)
+        run = self._service.trainings.accept(request)
         try:
             async for frame in self._service.trainings.watch(run.training_id, 0):
                 yield cast(pb.TrainResponse, frame)  # bytes of one; see the interceptor's serializer
@@ -106,7 +106,7 @@ class UnslothServicer(UnslothServiceServicer):
 
     def _cancel_in_background(self, training_id: str) -> None:
         """The caller is gone, so nobody waits for this."""
-        cancelling = self._service.trainings.cancel(training_id, self._service.models, save_checkpoint=True)
+        cancelling = self._service.trainings.cancel(training_id, save_checkpoint=True)
         task = asyncio.create_task(cancelling, name=f"cancel {training_id}")
         self._background.add(task)
         task.add_done_callback(self._background_done)
@@ -134,10 +134,20 @@ class UnslothServicer(UnslothServiceServicer):
 
     async def CancelTraining(self, request: pb.CancelTrainingRequest, context: Context) -> pb.CancelTrainingResponse:
         """Stops a training at the next step boundary."""
-        training = await self._service.trainings.cancel(
-            request.training_id, self._service.models, save_checkpoint=request.save_checkpoint
-        )
+        training = await self._service.trainings.cancel(request.training_id, save_checkpoint=request.save_checkpoint)
         return pb.CancelTrainingResponse(training=training)
+
+    async def PauseTraining(self, request: pb.PauseTrainingRequest, context: Context) -> pb.PauseTrainingResponse:
+        """Stops a training at the next step boundary, to go on later."""
+        return pb.PauseTrainingResponse(training=await self._service.trainings.pause(request.training_id))
+
+    async def ResumeTraining(self, request: pb.ResumeTrainingRequest, context: Context) -> pb.ResumeTrainingResponse:
+        """Goes on with a training."""
+        return pb.ResumeTrainingResponse(training=self._service.trainings.resume(request))
+
+    async def PlanTraining(self, request: pb.PlanTrainingRequest, context: Context) -> pb.PlanTrainingResponse:
+        """What Train would do."""
+        return pb.PlanTrainingResponse(plan=await self._service.trainings.plan(request))
 
     # --- text ---
 
@@ -151,17 +161,23 @@ class UnslothServicer(UnslothServiceServicer):
 
     # --- in the contract, served by a later version ---
 
-    async def PlanTraining(self, request: pb.PlanTrainingRequest, context: Context) -> pb.PlanTrainingResponse:
+    async def UploadDataset(  # pyright: ignore[reportIncompatibleMethodOverride] - the stub has both kinds of iterator
+        self, request: AsyncIterator[pb.UploadDatasetRequest], context: Context
+    ) -> pb.UploadDatasetResponse:
         """Not served yet."""
-        raise NotImplementedYetError("PlanTraining (the started event of Train carries the plan)")
+        raise NotImplementedYetError("UploadDataset (send rows inline or name a path on the server instead)")
 
-    async def PauseTraining(self, request: pb.PauseTrainingRequest, context: Context) -> pb.PauseTrainingResponse:
+    async def GetDataset(self, request: pb.GetDatasetRequest, context: Context) -> pb.GetDatasetResponse:
         """Not served yet."""
-        raise NotImplementedYetError("PauseTraining (CancelTraining with save_checkpoint keeps the adapter)")
+        raise NotImplementedYetError("GetDataset")
 
-    async def ResumeTraining(self, request: pb.ResumeTrainingRequest, context: Context) -> pb.ResumeTrainingResponse:
+    async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> pb.ListDatasetsResponse:
         """Not served yet."""
-        raise NotImplementedYetError("ResumeTraining")
+        raise NotImplementedYetError("ListDatasets")
+
+    async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> pb.DeleteDatasetResponse:
+        """Not served yet."""
+        raise NotImplementedYetError("DeleteDataset")
 
     async def ExportModel(
         self, request: pb.ExportModelRequest, context: Context

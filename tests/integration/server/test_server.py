@@ -1,6 +1,5 @@
 """The server process itself: what it tells, what it refuses, how it ends and comes back."""
 
-import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +17,6 @@ from support.calls import CALL_SECONDS, error_of, inline, load, prepared_model, 
 from support.running_server import RunningServer
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
-from unslothd.v1.training_pb2 import Training
 
 from .conftest import a_model
 
@@ -54,9 +52,6 @@ def test_reflection_lists_the_service(server: RunningServer):
 
 
 LATER = {
-    "PlanTraining": pb.PlanTrainingRequest(model_id="m", train_dataset=inline([{"text": "a"}])),
-    "PauseTraining": pb.PauseTrainingRequest(training_id="t"),
-    "ResumeTraining": pb.ResumeTrainingRequest(training_id="t"),
     "ExportModel": pb.ExportModelRequest(model_id="m", format="EXPORT_FORMAT_ADAPTER"),
     "DownloadArtifact": pb.DownloadArtifactRequest(artifact_id="a"),
 }
@@ -152,23 +147,6 @@ def test_a_second_server_on_the_same_home_is_refused_and_harms_nothing(tmp_path:
             assert list(events)[-1].HasField("succeeded")
 
 
-def test_a_stop_keeps_a_checkpoint_of_what_was_training(tmp_path: Path):
-    gate = StepGate(tmp_path / "gate")
-    with RunningServer(tmp_path, fake_workers=True) as server:
-        a_model(server, "tiny")
-        stub = server.stub()
-        model = load(stub, "tiny")
-        stub.PrepareForTraining(pb.PrepareForTrainingRequest(model_id=model.model_id), timeout=CALL_SECONDS)
-        events = train(stub, model.model_id, inline([fake_row(steps=9, gate=str(gate))]))
-        gate.open(1, 2)
-        training_id = next(event.training_id for event in events if event.step.step == 2)
-        server.stop()
-    with RunningServer(tmp_path, fake_workers=True) as server:
-        training = server.stub().GetTraining(pb.GetTrainingRequest(training_id=training_id)).training
-        assert training.state == Training.STATE_CANCELLED
-        assert [checkpoint.step for checkpoint in training.checkpoints] == [2]
-
-
 def test_a_new_server_shows_the_trainings_of_the_one_before(tmp_path: Path):
     with RunningServer(tmp_path, fake_workers=True) as server:
         a_model(server, "tiny")
@@ -176,26 +154,3 @@ def test_a_new_server_shows_the_trainings_of_the_one_before(tmp_path: Path):
             before = list(train(server.stub(), model.model_id, inline([fake_row(steps=3)])))
     with RunningServer(tmp_path, fake_workers=True) as server:
         assert list(watch(server.stub(), before[0].training_id)) == before
-
-
-def test_a_training_under_way_when_its_server_was_killed_is_failed_with_the_cause(tmp_path: Path):
-    gate = StepGate(tmp_path / "gate")
-    with RunningServer(tmp_path, fake_workers=True) as server:
-        a_model(server, "tiny")
-        stub = server.stub()
-        model = load(stub, "tiny")
-        stub.PrepareForTraining(pb.PrepareForTrainingRequest(model_id=model.model_id), timeout=CALL_SECONDS)
-        events = train(stub, model.model_id, inline([fake_row(steps=9, gate=str(gate))]))
-        training_id = next(events).training_id
-        workers = psutil.Process(server.process.pid).children(recursive=True)
-        server.process.send_signal(signal.SIGKILL)
-        server.process.wait(CALL_SECONDS)
-    with RunningServer(tmp_path, fake_workers=True) as server:
-        training = server.stub().GetTraining(pb.GetTrainingRequest(training_id=training_id)).training
-        assert training.state == Training.STATE_FAILED
-        assert "restarted" in training.error.message
-        assert [event.sequence for event in watch(server.stub(), training_id)] == list(
-            range(1, training.last_sequence + 1)
-        )
-        gone, alive = psutil.wait_procs(workers, timeout=30)
-        assert (len(gone), alive) == (len(workers), [])

@@ -185,7 +185,7 @@ def test_the_same_request_id_attaches_twenty_callers_to_one_run(stub: UnslothSer
     assert (error.code, error.reason) == ("ALREADY_EXISTS", "REQUEST_ID_REUSED")
 
 
-def test_a_worker_killed_in_a_training_fails_it_with_cause_and_the_server_goes_on(stub: UnslothServiceStub):
+def test_a_training_whose_worker_dies_again_and_again_fails_with_the_cause(stub: UnslothServiceStub):
     with prepared_model(stub, "tiny") as model:
         request = pb.TrainRequest(model_id=model.model_id, train_dataset=inline([fake_row(steps=5, die_at_step=3)]))
         error = error_of(lambda: stub.Train(request, timeout=CALL_SECONDS))
@@ -193,9 +193,8 @@ def test_a_worker_killed_in_a_training_fails_it_with_cause_and_the_server_goes_o
         trainings = stub.ListTrainings(pb.ListTrainingsRequest(model_id=model.model_id)).trainings
         events = list(watch(stub, trainings[0].training_id))
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
-        assert (kinds(events).count("step"), kinds(events)[-1]) == (2, "failed")
-        shown = stub.GetModel(pb.GetModelRequest(model_id=model.model_id), timeout=CALL_SECONDS).model
-        assert (shown.state, shown.active_training_id) == (Model.STATE_FAILED, "")
+        assert [event.recovery.attempt for event in events if event.HasField("recovery")] == [1, 2, 3]
+        assert kinds(events)[-1] == "failed"
 
 
 def test_out_of_memory_in_the_engine_is_what_train_ends_with(stub: UnslothServiceStub, model: Model):

@@ -29,7 +29,7 @@ def a_model(folder: Path) -> Path:
     return folder
 
 
-def no_result(training_id: str) -> Path:
+def no_result(training_id: str, step: int) -> Path:
     raise NotFoundError(ErrorReason.ERROR_REASON_TRAINING_NOT_FOUND, training_id)
 
 
@@ -57,8 +57,28 @@ def test_the_result_of_a_training_is_a_source(root: Path, roots: AllowedRoots):
     folder = root / "run" / "final"
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "unsloth/tiny"}))
-    found = resolve_model_source("training:training-1", roots, lambda training_id: folder)
+    found = resolve_model_source("training:training-1", roots, lambda training_id, step: folder)
     assert (found.path, found.base_id) == (folder.resolve(), "training-1")
+
+
+def test_a_checkpoint_of_a_training_is_a_source(root: Path, roots: AllowedRoots):
+    folder = root / "run" / "checkpoint-40"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "unsloth/tiny"}))
+    asked: list[tuple[str, int]] = []
+
+    def result_of(training_id: str, step: int) -> Path:
+        asked.append((training_id, step))
+        return folder
+
+    found = resolve_model_source("training:training-1/checkpoint-40", roots, result_of)
+    assert (found.path, asked) == (folder.resolve(), [("training-1", 40)])
+
+
+@pytest.mark.parametrize("step", ["0", "-1", "x", "1/2"])
+def test_a_checkpoint_without_a_step_is_refused(step: str, roots: AllowedRoots):
+    with pytest.raises(InvalidFieldsError):
+        resolve_model_source(f"training:training-1/checkpoint-{step}", roots, no_result)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../outside", "./../../etc", "~/secrets"])

@@ -10,9 +10,12 @@ import pytest
 
 from unslothd.v1.dataset_pb2 import DatasetSource, InlineRows
 from unslothd.v1.model_pb2 import Model
-from unslothd.v1.service_pb2 import TrainRequest, WatchTrainingResponse
+from unslothd.v1.service_pb2 import LoadModelRequest, TrainRequest, WatchTrainingResponse
 from unslothd.v1.training_pb2 import Training
-from unslothd_server.app.models import LoadedModel, Models
+from unslothd.worker.v1.worker_service_pb2 import PrepareForTrainingRequest
+from unslothd_server.app.loaded_model import LoadedModel
+from unslothd_server.app.model_store import StoredModel
+from unslothd_server.app.models import Models
 from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.app.training_store import TrainingStore
 from unslothd_server.app.trainings import Trainings
@@ -21,22 +24,33 @@ from unslothd_server.errors import ExhaustedError
 REQUEST = TrainRequest(model_id="m", train_dataset=DatasetSource(inline=InlineRows(data=b"{}")), request_id="r")
 
 
-class OneModel:
-    """A registry with one prepared model; its worker breaks with an error that nobody foresaw."""
-
-    def __init__(self) -> None:
-        self.entry = LoadedModel(Model(model_id="m", state=Model.STATE_PREPARED), worker=cast("Any", self))
-
-    def get(self, model_id: str) -> LoadedModel:
-        return self.entry
+class BrokenWorker:
+    """Breaks with an error that nobody foresaw."""
 
     async def start_training(self, request: object) -> None:
         raise RuntimeError("nobody foresaw this")
 
 
-def trainings(folder: Path) -> Trainings:
+class OneModel:
+    """A registry with one prepared model."""
+
+    is_closing = False
+
+    def __init__(self) -> None:
+        model = Model(model_id="m", state=Model.STATE_PREPARED)
+        stored = StoredModel(model, LoadModelRequest(), "tiny", prepare=PrepareForTrainingRequest())
+        self.entry = LoadedModel(stored, worker=cast("Any", BrokenWorker()))
+
+    def get(self, model_id: str) -> LoadedModel:
+        return self.entry
+
+    async def working(self, entry: LoadedModel) -> Any:
+        return entry.worker
+
+
+def trainings(folder: Path, models: OneModel) -> Trainings:
     store = TrainingStore(folder / "trainings", folder / "output")
-    return Trainings(store, AllowedRoots([]), Path, max_queued=5, heartbeat_seconds=60)
+    return Trainings(store, cast("Models", models), AllowedRoots([]), Path, max_queued=5, heartbeat_seconds=60)
 
 
 async def last_event(frames: AsyncIterator[bytes]) -> Any:
@@ -47,13 +61,14 @@ async def last_event(frames: AsyncIterator[bytes]) -> Any:
 
 def test_an_error_that_nobody_foresaw_fails_the_training_and_frees_the_model(tmp_path: Path):
     async def scenario() -> None:
-        registry, models = trainings(tmp_path), OneModel()
-        run = registry.accept(REQUEST, cast("Models", models))
+        models = OneModel()
+        registry = trainings(tmp_path, models)
+        run = registry.accept(REQUEST)
         event = await last_event(registry.watch(run.training_id, 0))
         assert "nobody foresaw" not in event.failed.error.message
         assert run.training.state == Training.STATE_FAILED
         assert models.entry.model.state == Model.STATE_PREPARED
-        await registry.close()
+        await registry.close(leave_running=False)
 
     asyncio.run(scenario())
 
@@ -63,16 +78,16 @@ def test_a_full_disk_refuses_a_training_and_leaves_no_half_of_it(tmp_path: Path,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     async def scenario() -> None:
-        registry, models = trainings(tmp_path), cast("Models", OneModel())
+        registry = trainings(tmp_path, OneModel())
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_bytes", full)
             with pytest.raises(ExhaustedError) as caught:
-                registry.accept(REQUEST, models)
+                registry.accept(REQUEST)
         assert caught.value.reason_name == "DISK_FULL"
         assert list((tmp_path / "trainings").iterdir()) == []
         assert registry.pending_on("m") == []
-        run = registry.accept(REQUEST, models)  # the request_id was not used up
+        run = registry.accept(REQUEST)  # the request_id was not used up
         await last_event(registry.watch(run.training_id, 0))
-        await registry.close()
+        await registry.close(leave_running=False)
 
     asyncio.run(scenario())

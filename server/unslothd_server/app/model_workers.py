@@ -1,0 +1,123 @@
+"""Workers of models: brought up, watched over, put away, and taken over from a server that ended."""
+
+import asyncio
+
+from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd.v1.model_pb2 import LoadProgress, Model
+from unslothd_server.app.loaded_model import LoadedModel, take_over
+from unslothd_server.app.memory_admission import MemoryAdmission
+from unslothd_server.app.model_store import ModelStore
+from unslothd_server.app.ports import Worker, WorkerLauncher
+from unslothd_server.app.training_state import now
+from unslothd_server.app.worker_exit import worker_died
+from unslothd_server.errors import PreconditionError
+
+
+class ModelWorkers:
+    """What the registry of models does to processes.
+
+    Args:
+        launcher: Starts workers.
+        admission: Knows whether a model fits.
+        store: Where models are kept on disk.
+    """
+
+    def __init__(self, launcher: WorkerLauncher, admission: MemoryAdmission, store: ModelStore) -> None:
+        self._launcher = launcher
+        self._admission = admission
+        self._store = store
+
+    def bring_up(self, entry: LoadedModel, *, token: str = "") -> "asyncio.Task[Exception | None]":
+        """Begins to start a worker, load the model and prepare it as it was; the result is what went wrong.
+
+        Nothing of a failed attempt stays but the entry, which is FAILED. Cancelling the task ends the attempt.
+
+        Raises:
+            ExhaustedError: The model does not fit (INSUFFICIENT_MEMORY); nothing was begun.
+        """
+        stored = entry.stored
+        self._admission.reserve(entry.model_id, stored.model_source, stored.request)
+        entry.model.state = Model.STATE_LOADING
+        entry.failure = None
+        entry.bringing_up = asyncio.create_task(self._bring_up(entry, token), name=f"bring up {entry.model_id}")
+        return entry.bringing_up
+
+    async def _bring_up(self, entry: LoadedModel, token: str) -> Exception | None:
+        error: Exception | None = None
+        try:
+            await self._make(entry, token)
+        except asyncio.CancelledError:  # by `unload` or `close`, which wait for this to end
+            error = PreconditionError(
+                ErrorReason.ERROR_REASON_MODEL_NOT_READY,
+                f'Model "{entry.model_id}" was unloaded while it loaded. Load it again if that was not meant.',
+            )
+        except Exception as caught:  # noqa: BLE001 - whatever it is, whoever waits for the model gets it
+            error = caught
+        finally:
+            self._admission.release(entry.model_id)
+            entry.bringing_up = None
+        if error is not None:
+            await self.put_away(entry)
+            entry.model.state = Model.STATE_FAILED
+            entry.failure = _as_failure(entry.model_id, error)
+        return error
+
+    async def _make(self, entry: LoadedModel, token: str) -> None:
+        stored = entry.stored
+        entry.progress.append(LoadProgress(phase=LoadProgress.PHASE_STARTING_WORKER, model_id=entry.model_id))
+        worker = entry.worker = await self._launcher.launch(entry.model_id, device_map=entry.model.device_map)
+        async for response in worker.load(stored.worker_load(token)):
+            if response.HasField("progress"):
+                response.progress.model_id = entry.model_id
+                entry.progress.append(response.progress)
+            else:
+                take_over(entry.model, response.model)
+        if stored.prepare is not None:
+            take_over(entry.model, await worker.prepare(stored.prepare))
+        if not entry.model.HasField("load_time"):
+            entry.model.load_time.CopyFrom(now())
+        self.ready(entry)
+
+    def ready(self, entry: LoadedModel) -> None:
+        """The worker of a model is there and holds it."""
+        entry.model.state = Model.STATE_READY if entry.stored.prepare is None else Model.STATE_PREPARED
+        entry.stored.suspended = False
+        self._store.save(entry.stored)
+        assert entry.worker is not None
+        entry.watch = asyncio.create_task(self._watch_over(entry, entry.worker), name=f"watch over {entry.model_id}")
+
+    async def adopt(self, entry: LoadedModel, worker: Worker) -> bool:
+        """Takes a worker over that an earlier server started; False when it does not hold the model, and is ended."""
+        status = await worker.status()
+        if not status.HasField("model") or (entry.stored.prepare is not None and not status.model.trainable_params):
+            await worker.stop()
+            return False
+        entry.worker = worker
+        take_over(entry.model, status.model)
+        self.ready(entry)
+        return True
+
+    async def put_away(self, entry: LoadedModel) -> None:
+        """Ends the worker of a model, if it has one, and returns once it is gone."""
+        worker, entry.worker = entry.worker, None
+        if worker is not None:
+            await worker.stop()
+        if entry.watch is not None:
+            await entry.watch
+            entry.watch = None
+        entry.model.memory_bytes = 0
+
+    async def _watch_over(self, entry: LoadedModel, worker: Worker) -> None:
+        """Notices the death of a worker that nobody asked to end."""
+        how = await worker.exited()
+        if not how.asked and entry.worker is worker:
+            entry.failure = worker_died(entry.model_id, how)
+            entry.model.state = Model.STATE_FAILED
+            entry.model.memory_bytes = 0
+
+
+def _as_failure(model_id: str, error: Exception) -> PreconditionError:
+    return PreconditionError(
+        ErrorReason.ERROR_REASON_MODEL_NOT_READY,
+        f'Model "{model_id}" could not be brought back: {error} Unload it, then load it again.',
+    )

@@ -1,0 +1,130 @@
+"""One training while the server knows it: what is on disk, what its watchers see, and what was asked of it."""
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unslothd.v1.training_event_pb2 import TrainingEvent
+from unslothd.v1.training_pb2 import Checkpoint, Training
+from unslothd_server.app.event_feed import EventFeed
+from unslothd_server.app.ports import Worker
+from unslothd_server.app.training_state import Recoveries, apply, is_final, now, reset
+from unslothd_server.app.training_store import StopWish, StoredTraining, TrainingStore
+from unslothd_server.event_log import EventLogReader, EventLogWriter
+
+
+@dataclass
+class TrainingRun:
+    """A training.
+
+    Args:
+        stored: What `training.json` holds; its `training` is kept up to date with the event log.
+        store: Where it is kept.
+        feed: Its events for watchers.
+        over: Set while it is over or paused.
+        worker: The worker that has it; None while none does. Only then the server may write its log.
+        recoveries: How often it was repaired since it last got further.
+        queued_at: When it last entered the queue, in nanoseconds since 1970.
+    """
+
+    stored: StoredTraining
+    store: TrainingStore
+    feed: EventFeed
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    worker: Worker | None = None
+    recoveries: Recoveries = field(default_factory=Recoveries)
+    queued_at: int = 0
+
+    @classmethod
+    def of(cls, stored: StoredTraining, store: TrainingStore) -> "TrainingRun":
+        """Returns the run of a training on disk, brought up to date by its event log."""
+        log = store.event_log(stored.training.training_id)
+        run = cls(stored, store, EventFeed(stored.training, log))
+        reset(stored.training)  # the log is the truth, not what was last saved beside it
+        for entry in EventLogReader(log).read():
+            run._apply(entry.event)
+        if run.is_halted:
+            run.over.set()
+        return run
+
+    @property
+    def training(self) -> Training:
+        """The training as it is now."""
+        return self.stored.training
+
+    @property
+    def training_id(self) -> str:
+        """Its id."""
+        return self.stored.training.training_id
+
+    @property
+    def is_paused(self) -> bool:
+        """True when it stands still until ResumeTraining."""
+        return self.training.state == Training.STATE_PAUSED
+
+    @property
+    def is_halted(self) -> bool:
+        """True when nothing happens by itself any more."""
+        return self.is_paused or is_final(self.training)
+
+    @property
+    def has_begun(self) -> bool:
+        """True once a worker has taken it."""
+        return self.training.HasField("start_time")
+
+    @property
+    def wish(self) -> StopWish:
+        """How it was asked to stop."""
+        return self.stored.wish
+
+    def ask(self, wish: StopWish) -> None:
+        """Keeps on disk how it is to stop, so that a restart does not forget it. A cancel is not taken back."""
+        if self.stored.wish.weight < wish.weight:
+            self.stored.wish = wish
+            self.save()
+
+    def checkpoints_on_disk(self) -> list[Checkpoint]:
+        """Its checkpoints whose folders are still there, newest first."""
+        found = [each for each in self.training.checkpoints if Path(each.path).is_dir()]
+        return sorted(found, key=lambda each: each.step, reverse=True)
+
+    # --- its log ---
+
+    def append(self, event: TrainingEvent) -> None:
+        """Writes an event of the server's own; only while no worker has the training."""
+        event.sequence = self.training.last_sequence + 1
+        event.training_id = self.training_id
+        event.event_time.CopyFrom(now())
+        with contextlib.closing(EventLogWriter(self.store.event_log(self.training_id))) as log:
+            log.append(event, fsync=True)
+        self.take(event)
+
+    def take(self, event: TrainingEvent) -> None:
+        """Shows an event that is in the log; one that was shown before is skipped."""
+        if event.sequence <= self.training.last_sequence:
+            return
+        self._apply(event)
+        if event.HasField("started"):
+            self.stored.resume_at_most = 0  # the checkpoints after the chosen one are gone
+        self.feed.publish(event)
+        if self.is_halted:
+            self.over.set()
+        else:
+            self.over.clear()
+
+    def _apply(self, event: TrainingEvent) -> None:
+        was_queued = self.training.state == Training.STATE_QUEUED
+        apply(self.training, event)
+        self.recoveries.see(event)
+        if self.training.state == Training.STATE_QUEUED and not was_queued:
+            self.queued_at = event.event_time.ToNanoseconds()
+
+    def catch_up(self) -> None:
+        """Takes what a worker that is gone wrote into the log and was not seen."""
+        for entry in EventLogReader(self.store.event_log(self.training_id)).read(self.training.last_sequence):
+            self.take(entry.event)
+
+    def save(self) -> None:
+        """Keeps everything but the log, which keeps itself."""
+        self.store.save(self.stored)
