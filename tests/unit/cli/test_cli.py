@@ -1,8 +1,6 @@
 """The command line: what it prints for people and for scripts, and its exit codes."""
 
 import json
-import os
-import pty
 import signal
 import subprocess
 import sys
@@ -12,6 +10,7 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
+from support.terminal import Terminal, environment
 from unslothd.cli import options
 from unslothd.cli.app import app
 from unslothd.v1 import model_pb2, server_info_pb2, service_pb2, training_event_pb2, training_pb2
@@ -327,10 +326,6 @@ def test_without_the_cli_extra_the_command_says_what_to_install(missing):
     assert done.stderr == f"The command line needs {missing}, which is not installed: pip install 'unslothd[cli]'\n"
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "100", "TERM": "xterm-256color"}
-
-
 def test_completion_names_the_commands():
     asked = {"_UNSLOTHD_COMPLETE": "complete_bash", "COMP_WORDS": "unslothd tra", "COMP_CWORD": "1"}
     done = subprocess.run(
@@ -342,44 +337,6 @@ def test_completion_names_the_commands():
         check=False,
     )
     assert {"train", "trainings"} <= set(done.stdout.split())
-
-
-class Terminal:
-    """The command in a process of its own, behind a pseudo-terminal."""
-
-    def __init__(self, *arguments: str) -> None:
-        self._master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "unslothd.cli", *arguments],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=environment(),
-            start_new_session=True,
-        )
-        os.close(slave)
-        self._shown: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        while True:
-            try:
-                data = os.read(self._master, 65536)
-            except OSError:  # the other side is closed
-                return
-            if not data:
-                return
-            self._shown.append(data.decode(errors="replace"))
-
-    def wait(self) -> tuple[int, str]:
-        try:
-            code = self.process.wait(30)
-        finally:
-            self.process.kill()
-            self._reader.join(10)
-            os.close(self._master)
-        return code, "".join(self._shown)
 
 
 def test_a_terminal_gets_a_live_bar_with_the_figures_and_the_course_of_the_loss(server, say):

@@ -33,7 +33,8 @@ class Bars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._live:
+            self._progress.stop()
 
     def show(self, part: str, done: int, total: int) -> None:
         """Shows how far a part is; a total of 0 is unknown."""
