@@ -4,8 +4,9 @@ import re
 from typing import Literal, TypeAlias, cast
 
 from unslothd import _requests, errors
-from unslothd._flows import CloseStream, Emit, Flow, Next, OpenStream
+from unslothd._flows import CloseStream, Emit, Flow, Next, OpenStream, Sleep, connection_lost, ended_early
 from unslothd._requests import ModelLike, TrainingLike
+from unslothd._retry import Retry
 from unslothd.v1 import artifact_pb2, model_pb2, service_pb2
 
 ExportFormatName: TypeAlias = Literal["adapter", "merged_16bit", "merged_4bit", "gguf"]
@@ -55,12 +56,39 @@ def download_request(source: DownloadSource) -> service_pb2.DownloadArtifactRequ
     return service_pb2.DownloadArtifactRequest(artifact_id=artifact_id)
 
 
-def export(request: service_pb2.ExportModelRequest) -> Flow[artifact_pb2.ExportProgress, artifact_pb2.Artifact]:
-    """Emits the progress of an export and returns the artifact. Not repeated after a loss: a second one would begin."""
-    yield OpenStream("ExportModel", request)
-    while (message := (yield Next())) is not None:
-        if message.HasField("artifact"):
-            yield CloseStream()
-            return message.artifact
-        yield Emit(message.progress)
-    raise errors.Unavailable("ExportModel ended before its last message")
+def export(
+    request: service_pb2.ExportModelRequest, retry: Retry
+) -> Flow[artifact_pb2.ExportProgress, artifact_pb2.Artifact]:
+    """Emits the progress of an export and returns the artifact.
+
+    After a lost connection the same request attaches to the export while it runs. One that has ended meanwhile is
+    begun again, or refused because its own output_dir is taken.
+    """
+    was_lost = False
+    while True:
+        yield OpenStream("ExportModel", request)
+        try:
+            while (message := (yield Next())) is not None:
+                retry.progress()
+                if message.HasField("artifact"):
+                    yield CloseStream()
+                    return message.artifact
+                yield Emit(message.progress)
+            lost = ended_early("ExportModel")
+        except errors.AlreadyExists as error:
+            raise _maybe_its_own(error) if was_lost else error from None
+        except errors.UnslothdError as error:
+            if not connection_lost(error):
+                raise
+            lost = error
+        was_lost = True
+        yield Sleep(retry.next_delay(lost))
+
+
+def _maybe_its_own(error: errors.AlreadyExists) -> errors.AlreadyExists:
+    return errors.AlreadyExists(
+        f"{error.message} It may be this very export, which ended while the connection was lost.",
+        code=error.code,
+        reason=error.reason,
+        metadata=error.metadata,
+    )

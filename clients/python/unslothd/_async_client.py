@@ -345,6 +345,8 @@ class AsyncClient(_base.BaseClient):
     ) -> artifact_pb2.Artifact:
         """Writes a model in another form on the server and waits until it is done; `download` fetches the files.
 
+        After a lost connection it attaches to the export, which goes on meanwhile.
+
         Args:
             source: A loaded model, a training (its result), or (training, step) for one of its checkpoints; each as a
                 message or by its id.
@@ -357,10 +359,10 @@ class AsyncClient(_base.BaseClient):
         Raises:
             NotFound: No such model, training or checkpoint. FailedPrecondition: MODEL_BUSY, or EXPORT_UNSUPPORTED.
             AlreadyExists: OUTPUT_DIR_TAKEN. ResourceExhausted: DISK_FULL.
-            Unavailable: The connection was lost. The export goes on without it.
+            Unavailable: The server was away for longer than reconnect_timeout.
         """
         request = _artifacts.export_request(source, format, gguf_quantization, output_dir)
-        driver = AsyncDriver(_artifacts.export(request), self._transport)
+        driver = AsyncDriver(_artifacts.export(request, self._stream_retry()), self._transport)
         async for progress in driver:
             if on_progress is not None:
                 on_progress(progress)
@@ -411,19 +413,18 @@ class AsyncClient(_base.BaseClient):
     async def verify_receipt(
         self, training: TrainingLike, *, data: str | PathLike[str] | None = None
     ) -> list[_receipt.Finding]:
-        """Checks a training's result on the server against its receipt, by the hashes that the server tells.
+        """Checks a training's result on the server against its receipt: reads every file of it, and keeps none.
 
         Args:
             training: Training or its id.
             data: File here that it was trained on.
 
         Returns:
-            What differs; empty when everything is as the receipt says. `unslothd.verify_receipt` checks a folder here,
-            and notices files that the receipt does not name, too.
+            What differs; empty when everything is as the receipt says. `unslothd.verify_receipt` checks a folder here.
 
         Raises:
-            NotFound: No such training, or it has no receipt.
-            ReceiptError: The receipt is damaged, or of a version that this client does not know.
+            NotFound: No such training, or it has no result.
+            ReceiptError: There is no receipt, or it is damaged, or of a version that this client does not know.
         """
         flow = _receipt.verify_on_server(_requests.training_id(training), self._stream_retry())
         receipt, findings = await self._call(flow)

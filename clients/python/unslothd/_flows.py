@@ -156,7 +156,7 @@ def load(request: service_pb2.LoadModelRequest, retry: Retry) -> Flow[model_pb2.
                     yield CloseStream()
                     return message.model
                 yield Emit(message.progress)
-            lost = _ended_early("LoadModel")
+            lost = ended_early("LoadModel")
         except errors.UnslothdError as error:
             if not connection_lost(error):
                 raise
@@ -225,7 +225,7 @@ def _read(cursor: Cursor, retry: Retry) -> Flow[training_event_pb2.TrainingEvent
         if cursor.outcome is None:
             raise
         return None  # Train ends with the training's own error, which its last event has told
-    return None if cursor.outcome is not None else _ended_early("the event stream")
+    return None if cursor.outcome is not None else ended_early("the event stream")
 
 
 def _wait(cursor: Cursor, retry: Retry, lost: errors.UnslothdError) -> Flow[Any, bool]:
@@ -306,7 +306,8 @@ def list_trainings(
         request.page_token = response.next_page_token
 
 
-def _ended_early(what: str) -> errors.UnslothdError:
+def ended_early(what: str) -> errors.UnslothdError:
+    """Returns the error of a stream that ended well, but before its last message."""
     return errors.Unavailable(f"{what} ended before its last message", code=grpc.StatusCode.OK)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from unslothd import errors
 from unslothd._download import file_sha256, stays_inside
-from unslothd._flows import CloseStream, Flow, Next, OpenStream
+from unslothd._flows import Flow, Next, OpenStream, Sleep, connection_lost
 from unslothd._retry import Retry
 from unslothd.v1 import artifact_pb2, service_pb2
 
@@ -130,43 +130,45 @@ def verify_data(receipt: Mapping[str, Any], data: str | PathLike[str] | None) ->
 
 
 def verify_on_server(training_id: str, retry: Retry) -> Flow[Any, tuple[dict[str, Any], list[Finding]]]:
-    """Checks the final folder of a training, where it is, by the hashes that the server tells of its files.
+    """Reads the final folder of a training from the server, keeping nothing, and checks its bytes.
+
+    Not the hashes in the file headers: the server may have them from the receipt itself.
 
     Returns:
-        The receipt, and what differs. Files that the receipt does not name are not noticed.
+        The receipt, and what differs.
     """
-    checkpoint = artifact_pb2.TrainingCheckpoint(training_id=training_id)
-    receipt = parse_receipt((yield from _content(checkpoint)))
-    found: dict[str, _File] = {}
-    for name in receipt["files"]:
-        request = service_pb2.DownloadArtifactRequest(checkpoint=checkpoint, names=[name])
-        yield OpenStream("DownloadArtifact", request)
+    while True:
         try:
-            message = yield Next()
-        except errors.NotFound as error:
-            if error.reason != "ARTIFACT_NOT_FOUND":
+            content, found = yield from _read_files(training_id, retry)
+        except errors.UnslothdError as error:
+            if not connection_lost(error):
                 raise
+            yield Sleep(retry.next_delay(error))
         else:
-            retry.heard()
-            if message is not None:
-                found[name] = _File(message.file.num_bytes, message.file.sha256)
-        yield CloseStream()
-    return receipt, _compared(receipt, found)
+            receipt = parse_receipt(content)
+            return receipt, _compared(receipt, found)
 
 
-def _content(checkpoint: artifact_pb2.TrainingCheckpoint) -> Flow[Any, bytes]:
-    """Returns the bytes of the receipt of a training."""
-    yield OpenStream("DownloadArtifact", service_pb2.DownloadArtifactRequest(checkpoint=checkpoint, names=[RECEIPT]))
-    content, sha256 = bytearray(), ""
+def _read_files(training_id: str, retry: Retry) -> Flow[Any, tuple[bytes, dict[str, _File]]]:
+    """Returns the bytes of the receipt, and size and hash of every other file."""
+    checkpoint = artifact_pb2.TrainingCheckpoint(training_id=training_id)
+    yield OpenStream("DownloadArtifact", service_pb2.DownloadArtifactRequest(checkpoint=checkpoint))
+    name, content, found = "", bytearray(), dict[str, _File]()
+    num_bytes, digest = 0, hashlib.sha256()
     while (message := (yield Next())) is not None:
+        retry.progress()
         if message.HasField("file"):
-            sha256 = message.file.sha256
-        content += message.chunk
-        if len(content) > _MAX_BYTES:
-            raise ReceiptError(f"{RECEIPT} of {checkpoint.training_id} is larger than {_MAX_BYTES} bytes: it is none")
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ReceiptError(f"{RECEIPT} of {checkpoint.training_id} did not arrive whole; try again")
-    return bytes(content)
+            name, num_bytes, digest = message.file.name, 0, hashlib.sha256()
+        num_bytes += len(message.chunk)
+        digest.update(message.chunk)
+        found[name] = _File(num_bytes, digest.hexdigest())
+        if name == RECEIPT:
+            content += message.chunk
+            if len(content) > _MAX_BYTES:
+                raise ReceiptError(f"{RECEIPT} of {training_id} has more than {_MAX_BYTES} bytes: it is none")
+    if found.pop(RECEIPT, None) is None:
+        raise ReceiptError(f"{training_id} has no {RECEIPT}: only a training that saved its adapter in full has one")
+    return bytes(content), found
 
 
 def _receipt_path(folder: str | PathLike[str]) -> Path:

@@ -128,12 +128,25 @@ def test_the_progress_of_an_export_is_told(server, say):
     assert seen == [progress]
 
 
-def test_an_export_is_not_begun_twice_when_the_connection_is_lost(server, say):
+def test_an_export_that_is_cut_off_is_attached_to_again(server, say):
     progress = service_pb2.ExportModelResponse(progress=artifact_pb2.ExportProgress(phase="merging"))
-    server.script.on("ExportModel", say.messages(progress, then=say.lose()))
-    with unslothd.Client(server.target) as client, pytest.raises(errors.Unavailable):
-        client.export("m", "adapter")
-    assert len(server.script.calls("ExportModel")) == 1
+    done = service_pb2.ExportModelResponse(artifact=ARTIFACT)
+    server.script.on("ExportModel", say.messages(progress, then=say.lose()), say.messages(progress, done))
+    with unslothd.Client(server.target) as client:
+        assert client.export("m", "adapter", output_dir="out") == ARTIFACT
+    first, second = server.script.calls("ExportModel")
+    assert first == second
+
+
+def test_an_export_whose_folder_is_taken_after_a_loss_may_be_done(server, say):
+    taken = say.refuse(grpc.StatusCode.ALREADY_EXISTS, "OUTPUT_DIR_TAKEN", "out is taken.")
+    server.script.on("ExportModel", taken, say.messages(then=say.lose()), taken)
+    with unslothd.Client(server.target) as client:
+        with pytest.raises(errors.AlreadyExists, match=r"out is taken\.$"):
+            client.export("m", "adapter", output_dir="out")
+        with pytest.raises(errors.AlreadyExists, match="this very export") as caught:
+            client.export("m", "adapter", output_dir="out")
+    assert caught.value.reason == "OUTPUT_DIR_TAKEN"
 
 
 def test_an_unknown_form_of_export_is_refused_with_those_that_there_are(server):

@@ -3,13 +3,12 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
 import unslothd
+from support.scripted_server import Handler, Say
 from unslothd.v1 import artifact_pb2, service_pb2
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "sub/tokenizer.json": b"tokens"}
@@ -130,36 +129,35 @@ def verify_async(target: str, **more: object) -> list[unslothd.Finding]:
     return asyncio.run(main())
 
 
-def serving(files: dict[str, bytes], say: object) -> Callable[..., Iterator[object]]:
-    def serve(request: service_pb2.DownloadArtifactRequest, context: grpc.ServicerContext) -> Iterator[object]:
-        (name,) = request.names
-        if name not in files:
-            say.refuse(grpc.StatusCode.NOT_FOUND, "ARTIFACT_NOT_FOUND", f"no file {name}")(request, context)
-        yield service_pb2.DownloadArtifactResponse(file=artifact_pb2.ArtifactFile(name=name, **entry(files[name])))
-        yield service_pb2.DownloadArtifactResponse(chunk=files[name])
-
-    return serve
+def serving(say: type[Say], files: dict[str, bytes]) -> Handler:
+    """Sends files whose headers repeat what the receipt says, as a server may."""
+    messages: list[service_pb2.DownloadArtifactResponse] = []
+    for name, content in sorted(files.items()):
+        header = artifact_pb2.ArtifactFile(name=name, **entry(FILES.get(name, content)))
+        messages.append(service_pb2.DownloadArtifactResponse(file=header))
+        messages += [service_pb2.DownloadArtifactResponse(chunk=content[i : i + 4]) for i in range(0, len(content), 4)]
+    return say.messages(*messages)
 
 
 @pytest.mark.parametrize("verify", [verify_sync, verify_async])
-def test_the_result_of_a_training_is_checked_where_it_is(server, say, tmp_path, verify):
+def test_the_result_of_a_training_is_checked_by_the_bytes_on_the_server(server, say, tmp_path, verify):
     files = {**FILES, "receipt.json": json.dumps(a_receipt()).encode()}
-    server.script.on("DownloadArtifact", *[serving(files, say)] * 4)
+    server.script.on("DownloadArtifact", say.messages(then=say.lose()), serving(say, files))
     assert verify(server.target) == []
     del files["adapter_config.json"]
-    files["adapter_model.safetensors"] = b"WEIGHTS"
-    server.script.on("DownloadArtifact", *[serving(files, say)] * 4)
+    files |= {"adapter_model.safetensors": b"WEIGHTS", "more": b""}
+    server.script.on("DownloadArtifact", serving(say, files))
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b"other")
-    kinds = [(each.kind, each.subject) for each in verify(server.target, data=rows)]
-    assert kinds == [
+    assert [(each.kind, each.subject) for each in verify(server.target, data=rows)] == [
         ("missing", "adapter_config.json"),
         ("content", "adapter_model.safetensors"),
+        ("extra", "more"),
         ("content", str(rows)),
     ]
 
 
-def test_a_training_without_a_receipt_is_the_servers_error(server, say):
-    server.script.on("DownloadArtifact", serving({}, say))
-    with pytest.raises(unslothd.errors.NotFound, match=r"no file receipt\.json"):
+def test_a_training_without_a_receipt_is_said(server, say):
+    server.script.on("DownloadArtifact", serving(say, FILES))
+    with pytest.raises(unslothd.ReceiptError, match=r"t has no receipt\.json"):
         verify_sync(server.target)

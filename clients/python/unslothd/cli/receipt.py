@@ -49,7 +49,7 @@ def verify(
 ) -> None:
     """Check files, and data with --data, against a receipt. Exits with 1 if anything differs.
 
-    Of a training's result on the server, files that the receipt does not name are not noticed.
+    The files of a training are read from the server, and not kept.
     """
     with session(target, as_json) as (client, out), _told(out):
         on_server = _is_training(source)
