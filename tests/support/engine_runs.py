@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
 from unslothd.worker.v1.worker_service_pb2 import LoadModelRequest, PrepareForTrainingRequest, StartTrainingRequest
 from unslothd_server.engine.unsloth_engine import UnslothEngine
-from unslothd_server.worker.ports import StopSignal
+from unslothd_server.worker.ports import StopSignal, TrainingPaused
 
 Row = dict[str, Any]
 
@@ -28,8 +28,16 @@ class Loaded:
     progress: list[LoadProgress]
     folder: Path
 
-    def prepare(self, lora: LoraConfig | None = None, *, seed: int = 7, checkpointing: bool = False) -> Model:
+    def prepare(
+        self,
+        lora: LoraConfig | None = None,
+        *,
+        seed: int = 7,
+        checkpointing: bool = False,
+        weights_from: Path | None = None,
+    ) -> Model:
         request = PrepareForTrainingRequest(seed=seed, use_gradient_checkpointing=checkpointing)
+        request.weights_from = "" if weights_from is None else str(weights_from)
         if lora is not None:
             request.lora.CopyFrom(lora)
         return self.engine.prepare(request)
@@ -52,7 +60,7 @@ class Run:
 
     output_dir: Path
     events: list[TrainingEvent] = field(default_factory=list)
-    result: TrainingSucceeded | TrainingCancelled | None = None
+    result: TrainingSucceeded | TrainingCancelled | TrainingPaused | None = None
     kinds: list[str] = field(default_factory=list)
 
     def of(self, kind: str) -> list[Any]:
@@ -99,6 +107,7 @@ def train(
     stop: StopSignal | None = None,
     on_event: Callable[[TrainingEvent, StopSignal], None] | None = None,
     resume_from: Path | None = None,
+    fallbacks: Sequence[Path] = (),
 ) -> Run:
     stop = stop or StopSignal(threading.Event())
     run = Run(loaded.folder / name)
@@ -109,12 +118,16 @@ def train(
         if on_event is not None:
             on_event(event, stop)
 
+    training_dir = loaded.folder / "trainings" / name
+    training_dir.mkdir(parents=True, exist_ok=True)
     request = StartTrainingRequest(
         training_id=name,
+        training_dir=str(training_dir),
         config=config,
         train_dataset=as_source(loaded.folder / f"{name}-rows.jsonl", rows, row_format),
         output_dir=str(run.output_dir),
         resume_from_checkpoint="" if resume_from is None else str(resume_from),
+        fallback_checkpoints=map(str, fallbacks),
     )
     if eval_rows is not None:
         request.eval_dataset.CopyFrom(as_source(loaded.folder / f"{name}-eval.jsonl", eval_rows, row_format))

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.model_pb2 import LoraConfig
 from unslothd.worker.v1.worker_service_pb2 import PrepareForTrainingRequest
 from unslothd_server.engine.model_loading import LoadedModel
+from unslothd_server.engine.trained_weights import replace_weights
 from unslothd_server.errors import FieldViolation, InvalidFieldsError, PreconditionError
 
 DEFAULT_RANK = 16
@@ -20,9 +22,17 @@ def prepare(loaded: LoadedModel, request: PrepareForTrainingRequest) -> None:
     """Makes the model trainable as asked. Asking again for the same changes nothing.
 
     Raises:
-        PreconditionError: ALREADY_PREPARED: another adapter is attached.
+        PreconditionError: ALREADY_PREPARED: another adapter is attached. CHECKPOINT_DAMAGED: of weights_from.
         InvalidFieldsError: A module or layer that the model does not have; lora with full fine-tuning.
+        NotFoundError: CHECKPOINT_NOT_FOUND: of weights_from.
     """
+    _make_trainable(loaded, request)
+    if request.weights_from:
+        replace_weights(loaded.model, Path(request.weights_from))
+        loaded.weights_from = request.weights_from
+
+
+def _make_trainable(loaded: LoadedModel, request: PrepareForTrainingRequest) -> None:
     asked = _embeddings_in_full(request.lora) if request.HasField("lora") else None
     if loaded.request.full_finetuning:
         _refuse_adapter(asked)
@@ -34,6 +44,7 @@ def prepare(loaded: LoadedModel, request: PrepareForTrainingRequest) -> None:
     config = complete(asked or LoraConfig(), loaded.model)
     _check_names(config, loaded.model)
     loaded.model = _attach(loaded, config, request)
+    loaded.adapter_seed = request.seed
     loaded.prepared = True
 
 

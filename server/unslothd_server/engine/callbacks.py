@@ -2,42 +2,21 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from transformers import TrainerCallback
 
-from unslothd.v1.training_event_pb2 import Evaluation, StepProgress, TrainingEvent, TrainingWarning
+from unslothd.v1.training_event_pb2 import Evaluation, StepProgress, TrainingEvent
 from unslothd.v1.training_pb2 import Checkpoint
-from unslothd_server.engine.memory import PeakMemory, gpu_utilization
-from unslothd_server.engine.step_clock import StepClock
+from unslothd_server.engine import checkpoints
+from unslothd_server.engine.honesty import StepWatch
+from unslothd_server.engine.memory import gpu_utilization
+from unslothd_server.engine.run_figures import LogInterval, RunFigures
 from unslothd_server.worker.ports import StopSignal
 
 Emit = Callable[[TrainingEvent], None]
-
-
-@dataclass
-class RunFigures:
-    """What is known of a run besides Transformers' own state.
-
-    Args:
-        clock: Seconds spent in steps.
-        memory: Peak so far.
-        eval_loss: Of the last evaluation.
-        eval_step: Step of the last evaluation.
-        best_eval_loss: Lowest so far.
-        saved_step: Step of the last whole checkpoint.
-    """
-
-    clock: StepClock
-    memory: PeakMemory
-    eval_loss: float | None = None
-    eval_step: int | None = None
-    best_eval_loss: float = math.inf
-    saved_step: int | None = None
-    warned: set[str] = field(default_factory=set)
 
 
 class EventCallback(TrainerCallback):
@@ -49,6 +28,7 @@ class EventCallback(TrainerCallback):
         figures: Kept up to date.
         on_begin: Called once before the first step, when optimizer, schedule and restored state are there.
         has_eval: True with an eval dataset.
+        keep_checkpoints: Newest ones that stay when another one is saved; 0 = all.
     """
 
     def __init__(
@@ -59,20 +39,18 @@ class EventCallback(TrainerCallback):
         *,
         on_begin: Callable[[], None],
         has_eval: bool,
+        keep_checkpoints: int,
     ) -> None:
         self._emit = emit
         self._stop = stop
         self._figures = figures
         self._on_begin = on_begin
         self._has_eval = has_eval
-        self._last = (0, 0, 0.0)  # step, tokens and seconds at the last log
+        self._keep_checkpoints = keep_checkpoints
+        self._watch = StepWatch()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tells the plan as it really is."""
-        logged = [entry for entry in state.log_history if "elapsed_seconds" in entry]
-        if logged:
-            self._figures.clock.go_on_from(logged[-1]["elapsed_seconds"])
-        self._last = (state.global_step, state.num_input_tokens_seen, self._figures.clock.elapsed())
         self._on_begin()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -86,7 +64,8 @@ class EventCallback(TrainerCallback):
             control.should_evaluate = self._has_eval
         elif self._stop.requested.is_set():
             control.should_training_stop = True
-            control.should_log = True
+            # What a pause has not logged yet is logged when it goes on, as if there had been none.
+            control.should_log = control.should_log or not self._stop.pause
             control.should_evaluate = False
             control.should_save = self._stop.keeps_checkpoint
         return control
@@ -97,7 +76,8 @@ class EventCallback(TrainerCallback):
             return
         progress = self._progress(state, logs)
         self._emit(TrainingEvent(step=progress))
-        self._warn_if_nothing_is_learnt(progress)
+        for warning in self._watch.look(progress):
+            self._emit(TrainingEvent(warning=warning))
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
@@ -105,10 +85,7 @@ class EventCallback(TrainerCallback):
         """A finished evaluation."""
         metrics = metrics or {}
         loss = float(metrics["eval_loss"])
-        figures = self._figures
-        best = loss <= figures.best_eval_loss
-        figures.best_eval_loss = min(loss, figures.best_eval_loss)
-        figures.eval_loss, figures.eval_step = loss, state.global_step
+        best = self._figures.evaluations.take(state.global_step, loss)
         known = ("eval_loss", "eval_runtime", "epoch")
         self._emit(
             TrainingEvent(
@@ -128,29 +105,26 @@ class EventCallback(TrainerCallback):
         )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint that is whole."""
-        self.checkpoint_saved(Path(args.output_dir), state.global_step)
-
-    def checkpoint_saved(self, output_dir: Path, step: int) -> None:
-        """Emits the event of a checkpoint, once its files are on the disk and not only in its cache."""
-        figures = self._figures
-        figures.saved_step = step
+        """A checkpoint that is whole and on the disk; only once its event is in the log may older ones go."""
+        output_dir, step = Path(args.output_dir), state.global_step
+        self._figures.saved_step = step
         now = Timestamp()
         now.GetCurrentTime()
-        saved = Checkpoint(step=step, path=str(output_dir / f"checkpoint-{step}"), create_time=now)
-        if figures.eval_step == step and figures.eval_loss is not None:
-            saved.eval_loss = figures.eval_loss
+        saved = Checkpoint(step=step, path=str(checkpoints.folder_of(output_dir, step)), create_time=now)
+        loss = self._figures.evaluations.loss_at(step)
+        if loss is not None:
+            saved.eval_loss = loss
         self._emit(TrainingEvent(checkpoint_saved=saved))
+        checkpoints.remove_surplus(output_dir, self._keep_checkpoints)
 
     def _progress(self, state: Any, logs: dict[str, Any]) -> StepProgress:
-        figures = self._figures
+        figures, last = self._figures, self._figures.interval
         seconds = figures.clock.elapsed()
         # Until the next step begins, time is not the training's.
         figures.clock.stop()
-        last_step, last_tokens, last_seconds = self._last
         tokens = int(state.num_input_tokens_seen)
-        steps, spent = max(state.global_step - last_step, 1), max(seconds - last_seconds, 1e-9)
-        self._last = (state.global_step, tokens, seconds)
+        steps, spent = max(state.global_step - last.step, 1), max(seconds - last.seconds, 1e-9)
+        figures.interval = LogInterval(state.global_step, tokens, seconds)
         memory, peak = figures.memory.look()
         progress = StepProgress(
             step=state.global_step,
@@ -160,7 +134,7 @@ class EventCallback(TrainerCallback):
             grad_norm=float(logs.get("grad_norm", 0.0)),
             learning_rate=float(logs.get("learning_rate", 0.0)),
             tokens=tokens,
-            tokens_per_second=(tokens - last_tokens) / spent,
+            tokens_per_second=(tokens - last.tokens) / spent,
             step_seconds=spent / steps,
             eta_seconds=(state.max_steps - state.global_step) * spent / steps,
             memory_bytes=memory,
@@ -170,22 +144,3 @@ class EventCallback(TrainerCallback):
         if busy is not None:
             progress.gpu_utilization = busy
         return progress
-
-    def _warn_if_nothing_is_learnt(self, progress: StepProgress) -> None:
-        if not (math.isfinite(progress.loss) and math.isfinite(progress.grad_norm)):
-            self._warn_once(
-                "NOT_FINITE",
-                f"Step {progress.step}: loss {progress.loss} and grad_norm {progress.grad_norm} are not both finite, "
-                "so the weights may be spoilt. Cancel, and train with a lower learning_rate or another precision.",
-            )
-        elif progress.grad_norm == 0.0:
-            self._warn_once(
-                "ZERO_GRADIENTS",
-                f"Step {progress.step}: the gradients are zero, so nothing was learnt. Look at the preview in the "
-                "started event: do the right tokens carry loss?",
-            )
-
-    def _warn_once(self, reason: str, message: str) -> None:
-        if reason not in self._figures.warned:
-            self._figures.warned.add(reason)
-            self._emit(TrainingEvent(warning=TrainingWarning(reason=reason, message=message)))

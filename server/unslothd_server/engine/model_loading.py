@@ -37,6 +37,9 @@ class LoadedModel:
         from_adapter: True when it came with a saved adapter.
         prepared: True once trainable parameters are attached by the user's wish.
         warnings: What differs from the request, one sentence each.
+        adapter_seed: Of the adapter's first weights.
+        weights_from: Folder whose weights replaced these; empty = none.
+        trained_by: Ids of the trainings that changed the weights here, oldest first.
     """
 
     model: Any
@@ -47,6 +50,9 @@ class LoadedModel:
     from_adapter: bool = False
     prepared: bool = False
     warnings: list[str] = field(default_factory=list)
+    adapter_seed: int = 0
+    weights_from: str = ""
+    trained_by: list[str] = field(default_factory=list)
 
 
 def load_model(bootstrap: WorkerBootstrap, request: LoadModelRequest, report: Report) -> LoadedModel:

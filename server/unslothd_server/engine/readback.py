@@ -126,7 +126,8 @@ def read_trainer(trainer: Any, asked: TrainingConfig) -> TrainerFacts:
         packing=bool(getattr(args, "packing", False)),
         max_grad_norm=float(args.max_grad_norm),
         eval_steps=int(args.eval_steps or 0) if _value(args.eval_strategy) == "steps" else 0,
-        save_total_limit=int(args.save_total_limit or 0),
+        # The service's own doing, not the trainer's.
+        save_total_limit=asked.save_total_limit,
         early_stopping_patience=asked.early_stopping_patience,
         neftune_noise_alpha=float(args.neftune_noise_alpha or 0.0),
         micro_batching=MICRO_BATCHING_FIXED,

@@ -5,8 +5,8 @@ from typing import Any
 from unslothd.v1.training_event_pb2 import TrainingWarning
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, TrainingMetrics, TrainingPlan
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.engine.callbacks import RunFigures
 from unslothd_server.engine.parameters import count_parameters
+from unslothd_server.engine.run_figures import RunFigures
 from unslothd_server.engine.tokens import TokenisedDataset
 
 
@@ -76,8 +76,9 @@ def metrics(trainer: Any, figures: RunFigures) -> TrainingMetrics:
         train_tokens_per_second=tokens / seconds,
         peak_memory_bytes=figures.memory.look()[1],
     )
-    if figures.eval_loss is not None:
-        final.eval_loss = figures.eval_loss
+    eval_loss = figures.evaluations.loss_at(state.global_step)
+    if eval_loss is not None:
+        final.eval_loss = eval_loss
     return final
 
 

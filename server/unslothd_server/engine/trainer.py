@@ -1,15 +1,36 @@
 """Unsloth's SFTTrainer, given tokenised rows and every field of the contract's config."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unslothd.v1.training_event_pb2 import TrainingWarning
 from unslothd.v1.training_pb2 import TrainingConfig
+from unslothd_server.engine.checkpoints import folder_of
+from unslothd_server.engine.evaluation import random_state_kept, within_memory
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.step_clock import StepClock
 from unslothd_server.engine.tokens import IGNORED_LABEL
 
 DEFAULT_MAX_STEPS = 100
+
+
+@dataclass(frozen=True)
+class TrainerHooks:
+    """What a trainer calls besides its callbacks.
+
+    Args:
+        check_stop: Before every eval batch; raises to end the evaluation.
+        checkpoint_written: When all files of Transformers are in a checkpoint's folder; writes what else belongs there.
+        evaluation_over: With its optimizer step, when an evaluation is done or was left out.
+        warn: Takes what a user should know of an evaluation.
+    """
+
+    check_stop: Callable[[], None]
+    checkpoint_written: Callable[[Path], None]
+    evaluation_over: Callable[[int], None]
+    warn: Callable[[TrainingWarning], None]
 
 
 def build_trainer(
@@ -21,7 +42,8 @@ def build_trainer(
     eval_rows: Any | None,
     callbacks: list[Any],
     clock: StepClock,
-    check_stop: Callable[[], None],
+    hooks: TrainerHooks,
+    evaluate_first: bool,
 ) -> Any:
     """Builds a trainer; nothing runs yet.
 
@@ -33,7 +55,8 @@ def build_trainer(
         eval_rows: The same to evaluate on; None = none.
         callbacks: Added after Transformers' own.
         clock: Is stopped while the trainer evaluates or saves.
-        check_stop: Called before every eval batch; raises to end the evaluation.
+        hooks: What it calls.
+        evaluate_first: Evaluate before the first step; means nothing without eval_rows.
     """
     from trl import SFTTrainer
     from unsloth import FastLanguageModel
@@ -43,9 +66,11 @@ def build_trainer(
     FastLanguageModel.for_training(loaded.model, use_gradient_checkpointing=checkpointing)
     if not checkpointing:
         _disable_checkpointing(loaded.model)
-    return _trainer_class(SFTTrainer, clock, check_stop)(
+    arguments = _arguments(loaded, config, output_dir, has_eval=eval_rows is not None)
+    arguments.eval_on_start = evaluate_first and eval_rows is not None
+    return _trainer_class(SFTTrainer, clock, hooks)(
         model=loaded.model,
-        args=_arguments(loaded, config, output_dir, has_eval=eval_rows is not None),
+        args=arguments,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=loaded.tokenizer,
@@ -75,7 +100,8 @@ def _arguments(loaded: LoadedModel, config: TrainingConfig, output_dir: Path, *,
         logging_steps=_get(config, "logging_steps", 1),
         save_strategy="steps",
         save_steps=_get(config, "save_steps", 100),
-        save_total_limit=_get(config, "save_total_limit", 0) or None,
+        # Transformers counts the best one in, and at a limit of 1 keeps it instead of the newest.
+        save_total_limit=None,
         optim=_get(config, "optim", "adamw_8bit"),
         weight_decay=_get(config, "weight_decay", 0.01),
         lr_scheduler_type=scheduler,
@@ -89,10 +115,7 @@ def _arguments(loaded: LoadedModel, config: TrainingConfig, output_dir: Path, *,
         neftune_noise_alpha=_get(config, "neftune_noise_alpha", 0.0) or None,
         eval_strategy="steps" if evaluates_between else "no",
         eval_steps=eval_steps if evaluates_between else None,
-        eval_on_start=has_eval,
         prediction_loss_only=True,
-        metric_for_best_model="eval_loss" if has_eval else None,
-        greater_is_better=False if has_eval else None,
         max_length=loaded.max_seq_length,
         include_num_input_tokens_seen="non_padding",
         # A loss that is not a number must be seen, not replaced by a mean.
@@ -130,12 +153,15 @@ def _disable_checkpointing(model: Any) -> None:
             module.gradient_checkpointing = False
 
 
-def _trainer_class(base: Any, clock: StepClock, check_stop: Callable[[], None]) -> Any:
+def _trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks) -> Any:
     """The trainer with the few things that Transformers does otherwise than the contract says."""
     import torch
 
     class ServiceTrainer(base):  # type: ignore[misc]
-        """Counts eval loss by token, keeps the clock, writes no model card, never waits, ends a resumed run on time."""
+        """Counts eval loss by token, keeps the clock, writes no model card, never waits, ends a resumed run on time.
+
+        Evaluations change nothing but memory, and a lack of that does not end the training.
+        """
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """Nothing: the folder of a training holds results, not a web page."""
@@ -152,28 +178,45 @@ def _trainer_class(base: Any, clock: StepClock, check_stop: Callable[[], None]) 
             self._uncounted_tokens = 0
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            """Adds the seconds trained so far, which thus survive in the checkpoint's log history."""
+            """Logs with the tokens counted; one loss that is not a number must not make all later ones so."""
             self._count_tokens()
             if "loss" in logs:
-                logs["elapsed_seconds"] = clock.elapsed()
+                # Transformers empties this sum by subtracting it from itself.
+                self._tr_loss.zero_()
             super().log(logs, *args, **kwargs)
+
+        def interval_loss(self) -> float:
+            """Sum of the losses since the last logged step."""
+            return float(self._tr_loss)
+
+        def go_on_from_interval(self, step: int, loss_sum: float) -> None:
+            """Takes over an interval that a checkpoint divides; Transformers forgets its first part."""
+            self._tr_loss.fill_(loss_sum)
+            self._globalstep_last_logged = step
 
         def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
             # Transformers runs one step more when it resumes from the last step's checkpoint.
-            if self.state.global_step >= self.state.max_steps:
+            if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
                 self.control.should_training_stop = True
                 return
             super()._run_epoch(*args, **kwargs)
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            """Evaluates with the step clock stopped."""
-            with clock.stopped():
-                return super().evaluate(*args, **kwargs)
+            """Evaluates with the step clock stopped; returns nothing when memory does not suffice."""
+            step = self.state.global_step
+            once = super().evaluate
+            with clock.stopped(), random_state_kept():
+                metrics = within_memory(lambda: once(*args, **kwargs), self.args, step, hooks.warn)
+            hooks.evaluation_over(step)
+            # Transformers tries again at the end of the epoch what did not end with its callback.
+            self.control.should_evaluate = False
+            return metrics
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             self._count_tokens()
             with clock.stopped():
                 super()._save_checkpoint(*args, **kwargs)
+                hooks.checkpoint_written(folder_of(Path(self.args.output_dir), self.state.global_step))
 
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
             """The mean over tokens; Transformers' own is a mean over rows of batch means."""
@@ -186,7 +229,7 @@ def _trainer_class(base: Any, clock: StepClock, check_stop: Callable[[], None]) 
 
         def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             """Adds a batch's loss, weighed by its tokens."""
-            check_stop()
+            hooks.check_stop()
             tokens = int((inputs["labels"][..., 1:] != IGNORED_LABEL).sum())
             with torch.no_grad():
                 result = super().prediction_step(model, inputs, *args, **kwargs)

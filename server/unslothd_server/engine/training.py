@@ -5,6 +5,7 @@ import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ from unslothd.v1.training_event_pb2 import (
     TrainingEvent,
     TrainingStarted,
     TrainingSucceeded,
+    TrainingWarning,
 )
+from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.engine import environment, readback, reports
-from unslothd_server.engine.callbacks import Emit, EventCallback, RunFigures
+from unslothd_server.engine import checkpoints, environment, honesty, readback, reports
+from unslothd_server.engine.callbacks import Emit, EventCallback
+from unslothd_server.engine.evaluation import EarlyStopping
 from unslothd_server.engine.memory import PeakMemory
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.oom import exhausted
 from unslothd_server.engine.prepared_rows import PreparedRows, prepare_rows
+from unslothd_server.engine.receipt import FinishedRun, write_receipt
+from unslothd_server.engine.run_figures import RunFigures
 from unslothd_server.engine.step_clock import StepClock
-from unslothd_server.engine.trainer import build_trainer
+from unslothd_server.engine.trainer import TrainerHooks, build_trainer
 from unslothd_server.errors import UnslothdError
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
 
@@ -54,6 +60,11 @@ class TrainingRun:
         self._output_dir = Path(request.output_dir)
         self._figures = RunFigures(StepClock(), PeakMemory())
         self._trainer: Any = None
+        self._rows: PreparedRows | None = None
+        self._resume: checkpoints.ResumePoint | None = None
+        self._real_config = TrainingConfig()
+        self._weights_before: dict[str, int] = {}
+        self._start_time = datetime.now(UTC)
 
     def run(self) -> TrainingSucceeded | TrainingCancelled | TrainingPaused:
         """Trains to the end, or to the stop.
@@ -62,20 +73,24 @@ class TrainingRun:
             UnslothdError: What a user can mend, as the parts say; OUT_OF_MEMORY and DISK_FULL among them.
         """
         try:
+            self._resume = self._resume_point()
             rows = prepare_rows(
                 self._request, self._loaded.tokenizer, self._loaded.max_seq_length, check=self._check_stop
             )
+            self._rows = rows
+            checkpoints.remove_after(self._output_dir, self._first_step - 1)
             with self._tensorboard() as tensorboard:
                 events = EventCallback(
                     self._emit,
                     self._stop,
                     self._figures,
-                    on_begin=lambda: self._started(rows),
+                    on_begin=self._started,
                     has_eval=rows.evaluation is not None,
+                    keep_checkpoints=self._request.config.save_total_limit,
                 )
                 self._trainer = self._build(rows, [*tensorboard, events])
-                self._trainer.train(resume_from_checkpoint=self._request.resume_from_checkpoint or None)
-                return self._finish(events)
+                self._trainer.train(resume_from_checkpoint=str(self._resume.folder) if self._resume else None)
+                return self._finish()
         except _StopRequestedError:
             return self._stopped()
         except UnslothdError:
@@ -91,6 +106,18 @@ class TrainingRun:
             self._trainer = None
             self._clean_up()
 
+    def _resume_point(self) -> checkpoints.ResumePoint | None:
+        if not self._request.resume_from_checkpoint:
+            return None
+        fallbacks = [Path(folder) for folder in self._request.fallback_checkpoints]
+        point = checkpoints.choose(Path(self._request.resume_from_checkpoint), fallbacks)
+        self._figures.restore(point.folder, point.step)
+        return point
+
+    @property
+    def _first_step(self) -> int:
+        return self._resume.step + 1 if self._resume else 1
+
     def _check_stop(self) -> None:
         if self._stop.requested.is_set():
             raise _StopRequestedError
@@ -104,9 +131,9 @@ class TrainingRun:
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
 
-        first_step = self._resume_step() + 1
         # On a resume the figures of steps that are done again are replaced.
-        writer = SummaryWriter(log_dir=str(self._tensorboard_dir), purge_step=first_step if first_step > 1 else None)
+        purge_step = self._first_step if self._resume else None
+        writer = SummaryWriter(log_dir=str(self._tensorboard_dir), purge_step=purge_step)
         callback = TensorBoardCallback(writer)
         # Transformers closes its writer before our last evaluation, and opens another one here.
         callback.logging_dir = str(self._tensorboard_dir)
@@ -115,16 +142,10 @@ class TrainingRun:
         finally:
             writer.close()
 
-    def _resume_step(self) -> int:
-        checkpoint = self._request.resume_from_checkpoint
-        return int(checkpoint.rstrip("/").rpartition("-")[2]) if checkpoint else 0
-
     def _build(self, rows: PreparedRows, callbacks: list[Any]) -> Any:
-        config = self._request.config
+        config, evaluations = self._request.config, self._figures.evaluations
         if rows.evaluation is not None and config.early_stopping_patience and config.eval_steps:
-            from transformers import EarlyStoppingCallback
-
-            callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)]
+            callbacks = [*callbacks, EarlyStopping(evaluations, config.early_stopping_patience)]
         return build_trainer(
             self._loaded,
             config,
@@ -133,72 +154,130 @@ class TrainingRun:
             eval_rows=None if rows.evaluation is None else rows.evaluation.rows,
             callbacks=callbacks,
             clock=self._figures.clock,
-            check_stop=self._check_stop,
+            hooks=TrainerHooks(
+                check_stop=self._check_stop,
+                checkpoint_written=self._checkpoint_written,
+                evaluation_over=self._evaluation_over,
+                warn=self._warn,
+            ),
+            evaluate_first=self._evaluates_first(),
         )
 
-    def _started(self, rows: PreparedRows) -> None:
+    def _evaluates_first(self) -> bool:
+        """True before the first step, and after a stop that left out the evaluation that was due at its step."""
+        if self._resume is None:
+            return True
+        eval_steps, step = self._request.config.eval_steps, self._resume.step
+        return bool(eval_steps) and step % eval_steps == 0 and self._figures.evaluations.over_step != step
+
+    def _warn(self, warning: TrainingWarning) -> None:
+        self._emit(TrainingEvent(warning=warning))
+
+    def _evaluation_over(self, step: int) -> None:
+        self._figures.evaluations.over_step = step
+
+    def _checkpoint_written(self, folder: Path) -> None:
+        """Adds what a resume needs besides Transformers' own files, and seals the folder."""
+        self._figures.interval.loss_sum = self._trainer.interval_loss()
+        self._figures.write(folder)
+        checkpoints.seal(folder, eval_loss=self._figures.evaluations.loss_at(checkpoints.step_of(folder)))
+
+    def _started(self) -> None:
         """Called when optimizer and schedule exist and before anything runs."""
-        trainer = self._trainer
+        trainer, rows = self._trainer, self._rows
+        assert rows is not None
+        interval = self._figures.interval
+        trainer.go_on_from_interval(interval.step, interval.loss_sum)
+        self._weights_before = honesty.weights_checksum(trainer.model)
         facts = readback.read_trainer(trainer, self._request.config)
-        warnings = [*rows.warnings, *reports.useless_settings(self._request), *facts.warnings]
+        self._real_config = facts.config
+        warnings = [
+            *self._resume_warnings(),
+            *rows.warnings,
+            *facts.warnings,
+            *reports.useless_settings(self._request),
+            *honesty.learning_rate_warnings(trainer),
+        ]
         self._emit(
             TrainingEvent(
                 started=TrainingStarted(
                     plan=reports.plan(trainer, rows.train, rows.evaluation, facts.config, warnings),
                     engine=environment.engine_name(),
                     device=readback.device_title(self._loaded.model),
-                    resumed=bool(self._request.resume_from_checkpoint),
+                    resumed=self._resume is not None,
                     first_step=trainer.state.global_step + 1,
                     tensorboard_dir=str(self._tensorboard_dir),
                 )
             )
         )
         for warning in warnings:
-            self._emit(TrainingEvent(warning=warning))
+            self._warn(warning)
         self._check_stop()
+        self._loaded.trained_by.append(self._request.training_id)
 
-    def _finish(self, events: EventCallback) -> TrainingSucceeded | TrainingCancelled | TrainingPaused:
+    def _resume_warnings(self) -> list[TrainingWarning]:
+        message = self._resume.warning if self._resume else None
+        return [TrainingWarning(reason="CHECKPOINT_DAMAGED", message=message)] if message else []
+
+    def _finish(self) -> TrainingSucceeded | TrainingCancelled | TrainingPaused:
         trainer = self._trainer
         step = int(trainer.state.global_step)
         if self._stop.requested.is_set() and step < trainer.state.max_steps:
             return self._halted(step)
-        if trainer.eval_dataset is not None and self._figures.eval_step != step:
+        if trainer.eval_dataset is not None and self._figures.evaluations.over_step != step:
             trainer.evaluate()
-        if self._figures.saved_step != step and not self._resumed_at(step):
-            # Early stopping ends a training without a save.
-            trainer._save_checkpoint(trainer.model, trial=None)
-            events.checkpoint_saved(self._output_dir, step)
-        final = self._save_final()
-        return TrainingSucceeded(metrics=reports.metrics(trainer, self._figures), output_dir=str(final))
+        # Early stopping ends a training without a save.
+        self._save_checkpoint(step)
+        for warning in honesty.unchanged_warnings(self._weights_before, trainer.model, step + 1 - self._first_step):
+            self._warn(warning)
+        metrics = reports.metrics(trainer, self._figures)
+        return TrainingSucceeded(metrics=metrics, output_dir=str(self._save_final("succeeded")))
 
-    def _resumed_at(self, step: int) -> bool:
-        return bool(self._request.resume_from_checkpoint) and self._resume_step() == step
+    def _save_checkpoint(self, step: int) -> None:
+        """Saves at a step boundary outside of Transformers' loop, unless that step is on the disk already."""
+        trainer = self._trainer
+        if self._figures.saved_step != step:
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
     def _stopped(self) -> TrainingCancelled | TrainingPaused:
         """A stop before the first step or out of an evaluation; the trainer stands at a step boundary."""
-        trainer = self._trainer
-        step = int(trainer.state.global_step) if trainer is not None else 0
-        if step and self._stop.keeps_checkpoint and self._figures.saved_step != step and not self._resumed_at(step):
-            trainer._save_checkpoint(trainer.model, trial=None)
-            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+        step = int(self._trainer.state.global_step) if self._trainer is not None else 0
+        if step and self._stop.keeps_checkpoint:
+            self._save_checkpoint(step)
         return self._halted(step)
 
     def _halted(self, step: int) -> TrainingCancelled | TrainingPaused:
         if self._stop.pause:
             return TrainingPaused(step)
         keep = self._stop.save_checkpoint and step > 0
-        return TrainingCancelled(step=step, output_dir=str(self._save_final()) if keep else "")
+        return TrainingCancelled(step=step, output_dir=str(self._save_final("cancelled")) if keep else "")
 
-    def _save_final(self) -> Path:
-        """Writes the adapter (or all weights) and the tokenizer; the folder appears whole or not at all."""
+    def _save_final(self, outcome: str) -> Path:
+        """Writes adapter (or all weights), tokenizer and receipt; the folder appears whole or not at all."""
         final, work = self._output_dir / "final", self._output_dir / "final.partial"
-        for leftover in (final, work):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         self._loaded.model.save_pretrained(str(work))
         self._loaded.tokenizer.save_pretrained(str(work))
+        write_receipt(self._finished_run(outcome), work)
+        shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
         return final
+
+    def _finished_run(self, outcome: str) -> FinishedRun:
+        assert self._rows is not None
+        return FinishedRun(
+            request=self._request,
+            loaded=self._loaded,
+            rows=self._rows,
+            config=self._real_config,
+            metrics=reports.metrics(self._trainer, self._figures),
+            state=self._trainer.state,
+            outcome=outcome,
+            start_time=self._start_time,
+            resumed_from=self._first_step - 1,
+        )
 
     def _clean_up(self) -> None:
         """Gives optimizer, gradients and caches back, so that a second training starts from where the first did."""
