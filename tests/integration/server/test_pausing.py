@@ -164,7 +164,8 @@ def test_what_is_over_cannot_be_paused(end: str, stub: UnslothServiceStub, model
     training_id = next(events).training_id
     if end == "cancelled":
         cancel(stub, training_id)
-    gate.open_all()
+    else:
+        gate.open_all()
     assert list(watch(stub, training_id))[-1].WhichOneof("kind") == end
     error = error_of(lambda: stub.PauseTraining(pb.PauseTrainingRequest(training_id=training_id)))
     assert (error.code, error.reason) == ("FAILED_PRECONDITION", "TRAINING_STATE")
