@@ -11,8 +11,12 @@ import structlog
 import typer
 
 from unslothd._version import __version__
+from unslothd_server.app.artifacts import Artifacts
 from unslothd_server.app.dataset_store import DatasetStore
 from unslothd_server.app.datasets import Datasets
+from unslothd_server.app.downloads import Downloads
+from unslothd_server.app.export_sources import TemporaryWorkers
+from unslothd_server.app.exports import Exports
 from unslothd_server.app.model_store import ModelStore
 from unslothd_server.app.models import Models
 from unslothd_server.app.paths import AllowedRoots
@@ -170,10 +174,14 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
     trainings.read_all()
     await models.recover(launcher.attach_living())
     await trainings.go_on()
+    artifacts = Artifacts(settings.home / "artifacts")
+    workers = TemporaryWorkers(launcher, models.admission)
     return Service(
         datasets,
         models,
         trainings,
+        Exports(models, workers, artifacts, settings.output_root, trainings.result_of),
+        Downloads(artifacts, settings.output_root, trainings.result_of),
         max_message_bytes=settings.max_message_bytes,
         max_loaded_models=settings.max_loaded_models,
         max_queued_trainings=settings.max_queued_trainings,

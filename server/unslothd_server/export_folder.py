@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all: written under a hidden name beside, hashed, then renamed."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -8,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from unslothd.v1.artifact_pb2 import ArtifactFile
+from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd_server.errors import AlreadyExistsError
 
 _CHUNK_BYTES = 1 << 20
 
@@ -22,17 +25,30 @@ def appearing_whole(folder: Path) -> Generator[Path]:
     """Gives an empty folder to write to; it gets the name `folder` at the end of the block, or is removed on an error.
 
     Raises:
-        OSError: `folder` has content already, or the disk fails.
+        AlreadyExistsError: `folder` got content meanwhile (OUTPUT_DIR_TAKEN); it is left as it is.
+        OSError: The disk fails.
     """
     work = partial_of(folder)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
         yield work
-        work.rename(folder)
+        _give_name(work, folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _give_name(work: Path, folder: Path) -> None:
+    try:
+        work.rename(folder)
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+            raise
+        raise AlreadyExistsError(
+            ErrorReason.ERROR_REASON_OUTPUT_DIR_TAKEN,
+            f"{folder} got other content while the export was written. Choose another output_dir.",
+        ) from error
 
 
 def remove_partial(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """A scripted Engine: no torch, milliseconds a step, and told to misbehave by the knobs of `fake_worker.py`."""
 
-import hashlib
 import json
 import os
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from unslothd.v1.artifact_pb2 import Artifact, ArtifactFile, ExportProgress
+from unslothd.v1.artifact_pb2 import Artifact, ExportProgress
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.generation_pb2 import GenerateSummary
 from unslothd.v1.model_pb2 import LoadProgress, Model
@@ -35,6 +34,7 @@ from unslothd.worker.v1.worker_service_pb2 import (
     StartTrainingRequest,
 )
 from unslothd_server.errors import DatasetError, ExhaustedError, NotFoundError
+from unslothd_server.export_folder import appearing_whole, hashed_files
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
 
 TOTAL_PARAMS = 1_000_000
@@ -51,6 +51,7 @@ class FakeEngine:
         self._import_gate = import_gate
         self._model_script = model_script or {}
         self._model = Model()
+        self._source = ""
 
     def import_libraries(self) -> dict[str, str]:
         """Waits for the import gate, if there is one."""
@@ -61,6 +62,7 @@ class FakeEngine:
         self, bootstrap: WorkerBootstrap, request: LoadModelRequest, report: Callable[[LoadProgress], None]
     ) -> Model:
         """Loads nothing."""
+        self._source = request.source
         self._model_script |= _script_in_folder(Path(request.source))
         report(LoadProgress(phase=LoadProgress.PHASE_LOADING_WEIGHTS))
         _wait_for_file(self._model_script.get("load_gate", ""))
@@ -114,18 +116,16 @@ class FakeEngine:
     def export(
         self, request: ExportModelRequest, report: Callable[[ExportProgress], None], cancelled: Event
     ) -> Artifact:
-        """Writes one file of a few bytes."""
-        report(ExportProgress(phase="writing", total=1))
-        _wait_for_file(self._model_script.get("export_gate", ""))
-        _misbehave(self._model_script.get("export", ""))
+        """Writes two files of a few bytes, each of which names the source."""
+        report(ExportProgress(phase="merging", total=2))
         folder = Path(request.output_dir)
-        folder.mkdir(parents=True)
-        content = b"exported " * 1000
-        (folder / "model.safetensors").write_bytes(content)
-        file = ArtifactFile(
-            name="model.safetensors", num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
-        )
-        return Artifact(path=str(folder), files=[file], format=request.format)
+        with appearing_whole(folder) as work:
+            (work / "config.json").write_text(json.dumps({"source": self._source, "format": request.format}))
+            self._note("exporting")
+            _wait_for_file(self._model_script.get("export_gate", ""))
+            _misbehave(self._model_script.get("export", ""))
+            (work / "model.safetensors").write_bytes(b"exported " * 300_000)
+            return Artifact(path=str(folder), files=hashed_files(work), format=request.format)
 
     def generate(self, request: GenerateRequest, cancelled: Event) -> Iterator[str | GenerateSummary]:
         """Yields the prompt's words back, again and again, up to max_new_tokens of them."""
@@ -302,6 +302,8 @@ def _misbehave(how: str) -> None:
         raise RuntimeError("the secret inside of a bug")
     elif how == "out_of_memory":
         raise ExhaustedError(ErrorReason.ERROR_REASON_OUT_OF_MEMORY, "Out of memory. Take a smaller batch_size.")
+    elif how == "disk_full":
+        raise ExhaustedError(ErrorReason.ERROR_REASON_DISK_FULL, "The disk is full. Free some space.")
     else:
         raise ValueError(f"the fake engine does not know {how!r}")
 

@@ -12,8 +12,11 @@ Knobs of the process, arguments of `fake_worker_command`:
 Knobs of the model, a JSON object in the file `fake.json` of the folder that is loaded:
     load, prepare   misbehaviour (below) in that call
     load_gate       path: loading ends once this file exists
+    export          misbehaviour in an export, when the first of its two files is written
+    export_gate     path: an export goes on there once this file exists
     token_seconds   seconds a generated token takes; it echoes the prompt's words up to max_new_tokens
-    notes           folder: `generation_cancelled` appears in it when a generation was cancelled
+    notes           folder: `generation_cancelled` appears in it when a generation was cancelled, `exporting` when an
+                    export is half-written
 
 Knobs of a training, in the first row of its dataset (a JSONL file), e.g. {"text": "…", "fake": {"steps": 5}}
 (`fake_row(steps=5)` makes that line):
@@ -29,7 +32,7 @@ Knobs of a training, in the first row of its dataset (a JSONL file), e.g. {"text
     fork            N forked children that never end by themselves, before the first step
 
 Misbehaviour: "SIGKILL", "SIGSEGV", … (a signal to itself), "exit:7" (exit code), "raise" (an unexpected exception),
-"sys.exit", "out_of_memory" (a typed OUT_OF_MEMORY error). It prints one line to the log first.
+"sys.exit", "out_of_memory" and "disk_full" (typed errors). It prints one line to the log first.
 
 An empty dataset file is DATASET_EMPTY, a missing one DATASET_NOT_FOUND.
 """

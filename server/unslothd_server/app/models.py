@@ -70,8 +70,8 @@ class Models:
         self._result_of = result_of
         self._models: dict[str, LoadedModel] = {}
         self._requests = SeenRequests[LoadedModel]()
-        self._admission = MemoryAdmission(devices)
-        self._workers = ModelWorkers(launcher, self._admission, store)
+        self.admission = MemoryAdmission(devices)
+        self._workers = ModelWorkers(launcher, self.admission, store)
         self._loads: set[asyncio.Task[None]] = set()
         self._closing = False
 

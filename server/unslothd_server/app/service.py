@@ -8,6 +8,8 @@ from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.server_info_pb2 import ServerLimits
 from unslothd.v1.service_pb2 import GetServerInfoResponse
 from unslothd_server.app.datasets import Datasets
+from unslothd_server.app.downloads import Downloads
+from unslothd_server.app.exports import Exports
 from unslothd_server.app.models import Models
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.errors import PreconditionError, UnavailableError
@@ -24,6 +26,8 @@ class Service:
         datasets: Uploaded datasets.
         models: Loaded models.
         trainings: Trainings and their queues.
+        exports: Exports that run.
+        downloads: Files of artifacts and checkpoints.
         max_message_bytes: Largest request.
         max_loaded_models: Most models at a time.
         max_queued_trainings: Most trainings that wait on one model.
@@ -32,6 +36,8 @@ class Service:
     datasets: Datasets
     models: Models
     trainings: Trainings
+    exports: Exports
+    downloads: Downloads
     max_message_bytes: int
     max_loaded_models: int
     max_queued_trainings: int
@@ -47,6 +53,7 @@ class Service:
                 max_dataset_bytes=self.datasets.max_bytes,
                 max_inline_bytes=MAX_INLINE_BYTES,
                 max_loaded_models=self.max_loaded_models,
+                export_formats=self.exports.formats(),
                 max_queued_trainings=self.max_queued_trainings,
             ),
         )
@@ -63,7 +70,7 @@ class Service:
         """Unloads a model; returns the bytes that its device has back.
 
         Raises:
-            PreconditionError: MODEL_BUSY, when trainings run or wait on it and force is false.
+            PreconditionError: MODEL_BUSY, when trainings run or wait on it, or it is exported, and force is false.
         """
         self.models.get(model_id)
         pending = self.trainings.pending_on(model_id)
@@ -73,6 +80,12 @@ class Service:
                 f'{len(pending)} training(s) run or wait on "{model_id}": {pending[0].training_id}. '
                 "Wait for the end, cancel them, or unload with force, which cancels them with a checkpoint.",
             )
+        if self.exports.running_on(model_id) and not force:
+            raise PreconditionError(
+                ErrorReason.ERROR_REASON_MODEL_BUSY,
+                f'"{model_id}" is being exported. Wait for the end of ExportModel, or unload with force to end it.',
+            )
+        await self.exports.stop_on(model_id)
         if pending:
             await self.trainings.stop_all_on(model_id)
         return await self.models.unload(model_id)
@@ -92,6 +105,7 @@ class Service:
         if not leave_running:
             await self.trainings.pause_running()
         self.models.refuse_new()
+        await self.exports.close()
         await self.trainings.close(leave_running=leave_running)
         await self.models.close(leave_workers=leave_running)
 

@@ -12,7 +12,7 @@ from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.service_pb2_grpc import UnslothServiceServicer
 from unslothd.v1.training_pb2 import Training
 from unslothd_server.app.service import Service
-from unslothd_server.errors import AbortedError, NotImplementedYetError, UnslothdError
+from unslothd_server.errors import AbortedError, UnslothdError
 from unslothd_server.status import from_status
 
 log = structlog.get_logger()
@@ -159,39 +159,21 @@ class UnslothServicer(UnslothServiceServicer):
             else:
                 yield pb.GenerateResponse(text=part.text)
 
-    # --- in the contract, served by a later version ---
-
-    async def UploadDataset(  # pyright: ignore[reportIncompatibleMethodOverride] - the stub has both kinds of iterator
-        self, request: AsyncIterator[pb.UploadDatasetRequest], context: Context
-    ) -> pb.UploadDatasetResponse:
-        """Not served yet."""
-        raise NotImplementedYetError("UploadDataset (send rows inline or name a path on the server instead)")
-
-    async def GetDataset(self, request: pb.GetDatasetRequest, context: Context) -> pb.GetDatasetResponse:
-        """Not served yet."""
-        raise NotImplementedYetError("GetDataset")
-
-    async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> pb.ListDatasetsResponse:
-        """Not served yet."""
-        raise NotImplementedYetError("ListDatasets")
-
-    async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> pb.DeleteDatasetResponse:
-        """Not served yet."""
-        raise NotImplementedYetError("DeleteDataset")
+    # --- files ---
 
     async def ExportModel(
         self, request: pb.ExportModelRequest, context: Context
     ) -> AsyncIterator[pb.ExportModelResponse]:
-        """Not served yet."""
-        raise NotImplementedYetError("ExportModel (the final adapter is in the training's output_dir)")
-        yield  # makes this the generator that gRPC expects
+        """Progress, then the artifact."""
+        async for response in self._service.exports.export(request):
+            yield response
 
     async def DownloadArtifact(
         self, request: pb.DownloadArtifactRequest, context: Context
     ) -> AsyncIterator[pb.DownloadArtifactResponse]:
-        """Not served yet."""
-        raise NotImplementedYetError("DownloadArtifact")
-        yield  # makes this the generator that gRPC expects
+        """Every file in turn: its header, then chunks."""
+        async for response in self._service.downloads.download(request):
+            yield response
 
 
 def _error_of(training: Training) -> UnslothdError | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import grpc
 import psutil
-import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -49,19 +48,6 @@ def test_reflection_lists_the_service(server: RunningServer):
     with server.channel() as channel:
         services = list(ProtoReflectionDescriptorDatabase(channel).get_services())
     assert "unslothd.v1.UnslothService" in services
-
-
-LATER = {
-    "ExportModel": pb.ExportModelRequest(model_id="m", format="EXPORT_FORMAT_ADAPTER"),
-    "DownloadArtifact": pb.DownloadArtifactRequest(artifact_id="a"),
-}
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_what_a_later_version_serves_is_unimplemented_with_a_clear_text(name: str, stub: UnslothServiceStub):
-    error = error_of(lambda: getattr(stub, name)(LATER[name], timeout=CALL_SECONDS))
-    assert (error.code, error.reason) == ("UNIMPLEMENTED", "NOT_IMPLEMENTED")
-    assert name in error.message
 
 
 def test_a_message_of_20_mib_is_refused_with_the_limit(stub: UnslothServiceStub):
