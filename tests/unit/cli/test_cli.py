@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from support.terminal import Terminal, environment
 from unslothd.cli import options
 from unslothd.cli.app import app
-from unslothd.v1 import model_pb2, server_info_pb2, service_pb2, training_event_pb2, training_pb2
+from unslothd.v1 import artifact_pb2, model_pb2, server_info_pb2, service_pb2, training_event_pb2, training_pb2
 
 READY = model_pb2.Model(
     model_id="tiny-unsloth", model_name="tiny", state=model_pb2.Model.STATE_READY, total_params=4194304, dtype="float32"
@@ -90,12 +90,14 @@ def test_info_shows_devices_and_limits(server, say, cli):
         server_version="0.1.0",
         engine_versions={"torch": "2.14.1"},
         devices=[server_info_pb2.Device(device="cuda:0", name="NVIDIA H100", total_memory_bytes=80 * 2**30)],
-        limits=server_info_pb2.ServerLimits(max_loaded_models=8),
+        limits=server_info_pb2.ServerLimits(
+            max_loaded_models=8, export_formats=[artifact_pb2.EXPORT_FORMAT_ADAPTER, artifact_pb2.EXPORT_FORMAT_GGUF]
+        ),
     )
     server.script.on("GetServerInfo", say.answer(answer), say.answer(answer))
     shown = cli("info")
     assert shown.exit_code == 0
-    for text in ("unslothd 0.1.0", "torch 2.14.1", "NVIDIA H100", "80.0 GiB", "8 models"):
+    for text in ("unslothd 0.1.0", "torch 2.14.1", "NVIDIA H100", "80.0 GiB", "8 models", "exports: adapter, gguf"):
         assert text in shown.output
     assert json.loads(cli("info", "--json").stdout)["devices"][0]["total_memory_bytes"] == str(80 * 2**30)
 

@@ -8,9 +8,9 @@ from unslothd._version import __version__
 from unslothd.cli import artifacts, chat, generate, info, models, plan, receipt, serve, train, trainings
 
 _EXIT_CODES = (
-    "Exit codes: 0 done; 1 the call or the training failed, or the training was cancelled; 2 wrong usage; "
-    "130 detached by Ctrl-C. Every command but serve takes --json for scripts, and --target (or UNSLOTHD_TARGET) for "
-    "another server."
+    "Exit codes: 0 done; 1 the call or the training failed, or the training was cancelled, or files are not as their "
+    "receipt says; 2 wrong usage; 130 detached by Ctrl-C. Every command but serve takes --json for scripts, and "
+    "--target (or UNSLOTHD_TARGET) for another server."
 )
 
 app = typer.Typer(

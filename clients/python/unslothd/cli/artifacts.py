@@ -13,7 +13,6 @@ from unslothd._base import DEFAULT_TARGET
 from unslothd.cli import options, texts
 from unslothd.cli.bars import Bars
 from unslothd.cli.session import FAILED, Output, session
-from unslothd.v1.artifact_pb2 import ExportFormat
 
 Step = Annotated[int | None, typer.Option(min=1, help="Checkpoint of a training, in place of its result.")]
 
@@ -58,8 +57,7 @@ def export(
 
 
 def _show(artifact: unslothd.Artifact, out: Output) -> None:
-    form = ExportFormat.Name(artifact.format).removeprefix("EXPORT_FORMAT_").lower()
-    out.line(f"{artifact.artifact_id}: {form}, on the server in {artifact.path}")
+    out.line(f"{artifact.artifact_id}: {texts.export_format(artifact.format)}, on the server in {artifact.path}")
     for file in artifact.files:
         out.line(f"  {texts.size(file.num_bytes):>10}  {file.name}")
     out.note(f"Fetch it: unslothd download {artifact.artifact_id}")

@@ -36,4 +36,7 @@ def _show(answer: GetServerInfoResponse, target: str, out: Output) -> None:
     out.line(
         f"limits: {limits.max_loaded_models} models, {limits.max_queued_trainings} queued trainings a model, "
         f"{texts.size(limits.max_inline_bytes)} of inline rows, {texts.size(limits.max_message_bytes)} a message"
+        + (f", {texts.size(limits.max_dataset_bytes)} an uploaded dataset" if limits.max_dataset_bytes else "")
     )
+    if limits.export_formats:
+        out.line(f"exports: {', '.join(texts.export_format(each) for each in limits.export_formats)}")
