@@ -1,7 +1,9 @@
-"""The Python client and the command line against a real server: pausing, going on, and plans."""
+"""The Python client and the command line against a real server: going on, plans, files and receipts."""
 
 import asyncio
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,3 +139,79 @@ def test_the_commands_plan_pause_resume_and_list_checkpoints(server, client, mod
     assert resumed.exit_code == 0
     assert "goes on at step 2" in resumed.stdout
     assert "succeeded" in resumed.stdout
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_is_downloaded_byte_for_byte_and_gone_on_with(client, model, tmp_path):
+    phases: list[str] = []
+    artifact = client.export(model, "merged_16bit", on_progress=lambda progress: phases.append(progress.phase))
+    assert "merging" in phases
+    for number, source in enumerate((artifact, artifact.artifact_id)):
+        client.download(source, tmp_path / f"{number}")
+        assert content(tmp_path / f"{number}") == content(Path(artifact.path))
+    weights = tmp_path / "0/model.safetensors"
+    weights.rename(weights.with_name("model.safetensors.part"))
+    os.truncate(weights.with_name("model.safetensors.part"), 1_500_000)
+    seen: list[unslothd.DownloadProgress] = []
+    client.download(artifact, tmp_path / "0", on_progress=seen.append)
+    assert content(tmp_path / "0") == content(Path(artifact.path))
+    assert [each.done for each in seen if each.name == "model.safetensors"] == [1_500_000, 2_548_576, 2_700_000]
+
+
+def test_the_result_and_a_checkpoint_of_a_training_are_downloaded(client, model, tmp_path):
+    run = client.train(model, rows(steps=2), save_steps=1)
+    run.result()
+    training = client.get_training(run)
+    client.download(run, tmp_path / "final")
+    client.download((run, 1), tmp_path / "one")
+    assert content(tmp_path / "final") == content(Path(training.output_dir))
+    assert content(tmp_path / "one") == content(Path(training.checkpoints[0].path))
+
+
+def test_what_is_not_there_is_not_downloaded(client, model, tmp_path):
+    artifact = client.export(model, "adapter")
+    for source, names, reason in (
+        ("artifact-unknown", (), "ARTIFACT_NOT_FOUND"),
+        (artifact, ("none.bin",), "ARTIFACT_NOT_FOUND"),
+        (("training-20200101-000000-abcdef", 0), (), "TRAINING_NOT_FOUND"),
+    ):
+        with pytest.raises(errors.NotFound) as missing:
+            client.download(source, tmp_path / "none", names=names)
+        assert missing.value.reason == reason
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_commands_export_and_download(server, client, model, tmp_path):
+    run = client.train(model, rows(steps=1))
+    run.result()
+    exported = command(server, "export", run.training_id, "--format", "adapter", "--json")
+    assert exported.exit_code == 0, exported.output
+    artifact = json.loads(exported.stdout)
+    fetched = command(server, "download", artifact["artifact_id"], "--to", str(tmp_path / "here"))
+    assert fetched.exit_code == 0, fetched.output
+    assert content(tmp_path / "here") == content(Path(artifact["path"]))
+
+
+def test_a_receipt_is_verified_on_the_server_and_after_a_download(server, client, model, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(fake_row(steps=1))
+    run = client.train(model, data)
+    run.result()
+    final = Path(client.get_training(run).output_dir)
+    files = {
+        name: {"num_bytes": len(each), "sha256": hashlib.sha256(each).hexdigest()}
+        for name, each in content(final).items()
+    }
+    train = {"file": {"num_bytes": data.stat().st_size, "sha256": hashlib.sha256(data.read_bytes()).hexdigest()}}
+    receipt = {"receipt_version": 1, "training_id": run.training_id, "files": files, "datasets": {"train": train}}
+    (final / "receipt.json").write_text(json.dumps(receipt))
+    client.download(run, tmp_path / "here")
+    for source in (run.training_id, str(tmp_path / "here")):
+        verified = command(server, "receipt", "verify", source, "--data", str(data))
+        assert verified.exit_code == 0, verified.output
+    name = next(iter(files))
+    (final / name).write_bytes(b"x" * files[name]["num_bytes"])
+    assert [(each.kind, each.subject) for each in client.verify_receipt(run)] == [("content", name)]
