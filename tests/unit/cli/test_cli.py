@@ -352,7 +352,7 @@ def test_a_terminal_gets_a_live_bar_with_the_figures_and_the_course_of_the_loss(
     assert shown.rindex("succeeded") > shown.rindex("5/5")
 
 
-def test_ctrl_c_detaches_and_says_how_to_watch_and_cancel(server, say):
+def test_ctrl_c_detaches_and_says_how_to_watch_pause_and_cancel(server, say):
     reading, left = threading.Event(), threading.Event()
 
     def hold(_request: object, context: grpc.ServicerContext) -> None:
@@ -378,6 +378,7 @@ def test_ctrl_c_detaches_and_says_how_to_watch_and_cancel(server, say):
         command.kill()
     assert command.returncode == 130
     assert f"unslothd watch {say.TRAINING} --after 2" in said
+    assert f"unslothd pause {say.TRAINING}" in said
     assert f"unslothd cancel {say.TRAINING}" in said
     assert left.wait(20)
     assert server.script.calls("CancelTraining") == []

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import threading
 
+import grpc
 import pytest
 
 from support.terminal import Terminal
@@ -74,6 +76,31 @@ def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(server, say):
     assert code == 0
     assert "7/7 bytes" in shown
     assert shown.rstrip().endswith("a1/model.bin")
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "text"),
+    [
+        ("DownloadArtifact", ["download", "a1"], "What has come is kept in a1; the same command again goes on with it"),
+        ("ExportModel", ["export", "m", "--format", "adapter"], "The export goes on on the server; the same command"),
+    ],
+)
+def test_ctrl_c_says_that_the_same_command_goes_on(server, say, method, arguments, text):
+    reached, left = threading.Event(), threading.Event()
+
+    def hold(_request: object, context: grpc.ServicerContext) -> None:
+        context.add_callback(left.set)
+        reached.set()
+        left.wait(20)
+
+    server.script.on(method, say.messages(then=hold))
+    with Terminal(*arguments, "--target", server.target) as terminal:
+        assert reached.wait(20)
+        terminal.interrupt()
+        code, shown = terminal.wait()
+    assert code == 130
+    assert text in " ".join(shown.split())
+    assert left.wait(20)
 
 
 def test_another_file_of_the_same_name_is_said_and_kept(server, say, cli, here):

@@ -1,6 +1,8 @@
 """`unslothd export` and `download`: a model in another form, and its files here."""
 
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,7 @@ from unslothd._artifacts import ExportFormatName
 from unslothd._base import DEFAULT_TARGET
 from unslothd.cli import options, texts
 from unslothd.cli.bars import Bars
-from unslothd.cli.session import FAILED, Output, session
+from unslothd.cli.session import DETACHED, FAILED, Output, session
 
 Step = Annotated[int | None, typer.Option(min=1, help="Checkpoint of a training, in place of its result.")]
 
@@ -42,7 +44,7 @@ def export(
 ) -> None:
     """Write a model, a training's result or a checkpoint in another form, on the server."""
     with session(target, as_json) as (client, out):
-        with Bars(out, MofNCompleteColumn()) as bars:
+        with _interrupted(out, "The export goes on on the server"), Bars(out, MofNCompleteColumn()) as bars:
             artifact = client.export(
                 source if step is None else (source, step),
                 format,
@@ -78,7 +80,8 @@ def download(
     folder = to if to is not None else Path(_folder_name(source, step))
     with session(target, as_json) as (client, out):
         try:
-            with Bars(out, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bars:
+            columns = DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+            with _interrupted(out, f"What has come is kept in {folder}"), Bars(out, *columns) as bars:
                 paths = client.download(
                     source if step is None else (source, step),
                     folder,
@@ -99,3 +102,13 @@ def download(
 def _folder_name(source: str, step: int | None) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source).lstrip(".") or "download"
     return name if step is None else f"{name}-checkpoint-{step}"
+
+
+@contextmanager
+def _interrupted(out: Output, what_is_left: str) -> Generator[None]:
+    """Says at Ctrl-C that the same command goes on from there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        out.note(f"Interrupted. {what_is_left}; the same command again goes on with it.")
+        raise typer.Exit(DETACHED) from None
