@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from unslothd._requests import GenerationOptions, LoadOptions, LoraOptions, TrainingOptions
     from unslothd._row_format import row_format
     from unslothd._runs import AsyncTextStream, AsyncTrainingRun, TextStream, TrainingRun
+    from unslothd._upload import UploadProgress
     from unslothd.errors import TrainingCancelled, TrainingFailed, UnslothdError
     from unslothd.v1.artifact_pb2 import Artifact, ExportProgress
+    from unslothd.v1.dataset_pb2 import Dataset
     from unslothd.v1.model_pb2 import LoadProgress, LoraConfig, Model
     from unslothd.v1.training_event_pb2 import TrainingEvent
     from unslothd.v1.training_pb2 import Training, TrainingConfig, TrainingMetrics, TrainingPlan
@@ -39,6 +41,7 @@ __all__ = [
     "AsyncTextStream",
     "AsyncTrainingRun",
     "Client",
+    "Dataset",
     "DatasetLike",
     "DownloadProgress",
     "ExportProgress",
@@ -63,6 +66,7 @@ __all__ = [
     "TrainingPlan",
     "TrainingRun",
     "UnslothdError",
+    "UploadProgress",
     "UploadedDataset",
     "__version__",
     "dataset",
@@ -81,8 +85,10 @@ _MODULES = {
     "unslothd._datasets": ("DatasetLike", "HubDataset", "ServerPath", "UploadedDataset", "dataset"),
     "unslothd._row_format": ("row_format",),
     "unslothd._runs": ("AsyncTextStream", "AsyncTrainingRun", "TextStream", "TrainingRun"),
+    "unslothd._upload": ("UploadProgress",),
     "unslothd.errors": ("TrainingCancelled", "TrainingFailed", "UnslothdError"),
     "unslothd.v1.artifact_pb2": ("Artifact", "ExportProgress"),
+    "unslothd.v1.dataset_pb2": ("Dataset",),
     "unslothd.v1.model_pb2": ("LoadProgress", "LoraConfig", "Model"),
     "unslothd.v1.training_event_pb2": ("TrainingEvent",),
     "unslothd.v1.training_pb2": ("Training", "TrainingConfig", "TrainingMetrics", "TrainingPlan"),

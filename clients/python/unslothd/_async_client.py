@@ -11,14 +11,16 @@ import grpc
 
 from unslothd import _artifacts, _base, _download, _flows, _receipt, _requests
 from unslothd._artifacts import DownloadSource, ExportFormatName, ExportSource
-from unslothd._datasets import DatasetLike
+from unslothd._datasets import DatasetIdLike, DatasetLike, dataset_id
 from unslothd._download import DownloadProgress
 from unslothd._drive import AsyncDriver, Transport
 from unslothd._requests import DisconnectPolicyName, LoraOptions, ModelLike, Prompt, TrainingLike, TrainingState
 from unslothd._row_format import Layout
 from unslothd._runs import AsyncTextStream, AsyncTrainingRun
+from unslothd._upload import OnProgress
+from unslothd._upload_sources import FormatName
 from unslothd.v1 import artifact_pb2, model_pb2, service_pb2, training_pb2
-from unslothd.v1.dataset_pb2 import RowFormat
+from unslothd.v1.dataset_pb2 import Dataset, RowFormat
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 
 if TYPE_CHECKING:
@@ -147,6 +149,54 @@ class AsyncClient(_base.BaseClient):
         flow = self._unary_flow("UnloadModel", request, slow=True, repeatable=False)
         return (await self._call(flow)).freed_memory_bytes
 
+    async def upload_dataset(
+        self,
+        data: DatasetLike,
+        *,
+        name: str = "",
+        format: FormatName | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Dataset:
+        """Stores rows on the server, to train on them any number of times. Rows that it has already are not sent.
+
+        Args:
+            data: A local file (.jsonl, .csv, .parquet, .arrow, .json), a `datasets.Dataset`, a `pandas.DataFrame`,
+                a table of Arrow (pyarrow, polars and others), or an iterable of dicts of any length.
+            name: For people; need not be unique.
+            format: Of a file whose name does not say it.
+            on_progress: Called after each piece that was sent, from another thread.
+
+        Returns:
+            The dataset; `train` takes it.
+
+        Raises:
+            InvalidRequest: DATASET_ROW (`field_violations` names the first 20 bad rows), DATASET_EMPTY or
+                DATASET_DAMAGED. ResourceExhausted: DATASET_TOO_LARGE or DISK_FULL. Nothing is kept then.
+        """
+        return await self._call(self._upload_flow(data, name, format, on_progress))
+
+    async def get_dataset(self, dataset: DatasetIdLike) -> Dataset:
+        """Returns a stored dataset."""
+        request = service_pb2.GetDatasetRequest(dataset_id=dataset_id(dataset))
+        return (await self._call(self._unary_flow("GetDataset", request))).dataset
+
+    async def list_datasets(self, *, limit: int | None = None) -> list[Dataset]:
+        """Returns stored datasets, newest first.
+
+        Args:
+            limit: At most so many; None = all.
+        """
+        return await self._call(self._list_datasets_flow(limit))
+
+    async def delete_dataset(self, dataset: DatasetIdLike) -> None:
+        """Removes a stored dataset.
+
+        Raises:
+            FailedPrecondition: DATASET_IN_USE, while a training that is not over reads it.
+        """
+        request = service_pb2.DeleteDatasetRequest(dataset_id=dataset_id(dataset))
+        await self._call(self._unary_flow("DeleteDataset", request, repeatable=False))
+
     async def train(
         self,
         model: ModelLike,
@@ -183,6 +233,7 @@ class AsyncClient(_base.BaseClient):
             InvalidRequest: Fields or rows are wrong. NotFound, FailedPrecondition, AlreadyExists, ResourceExhausted:
                 the training was refused; see `reason`.
         """
+        train_dataset, eval_dataset = await self._call(self._placed_flow(train_dataset, eval_dataset))
         request = _requests.train(
             model,
             train_dataset,
@@ -231,6 +282,7 @@ class AsyncClient(_base.BaseClient):
         Raises:
             InvalidRequest: Fields or rows are wrong. FailedPrecondition: MODEL_BUSY while a training runs on the model.
         """
+        train_dataset, eval_dataset = await self._call(self._placed_flow(train_dataset, eval_dataset))
         request = _requests.plan(
             model,
             train_dataset,

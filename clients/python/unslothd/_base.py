@@ -7,10 +7,12 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from unslothd import _flows, _requests
+from unslothd import _datasets, _flows, _requests, _upload
+from unslothd._datasets import DatasetLike
 from unslothd._drive import Metadata
 from unslothd._retry import Peer, Retry
-from unslothd.v1 import model_pb2, service_pb2
+from unslothd._upload_sources import FormatName
+from unslothd.v1 import dataset_pb2, model_pb2, service_pb2
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 60.0
@@ -82,6 +84,33 @@ class BaseClient:
         self, model_name: str, request_id: str | None, options: _requests.LoadOptions
     ) -> _flows.Flow[model_pb2.LoadProgress, model_pb2.Model]:
         return _flows.load(_requests.load_model(model_name, request_id, options), self._stream_retry())
+
+    def _upload_flow(
+        self,
+        data: DatasetLike,
+        name: str,
+        data_format: FormatName | None,
+        on_progress: _upload.OnProgress | None,
+    ) -> _flows.Flow[Any, dataset_pb2.Dataset]:
+        source = yield _flows.Blocking(lambda: _datasets.upload_source(data, data_format))
+        return (yield from _upload.upload(source, name, self.timeout, self._stream_retry(), on_progress))
+
+    def _placed_flow(
+        self, train: DatasetLike, evaluation: DatasetLike | None
+    ) -> _flows.Flow[Any, tuple[DatasetLike, DatasetLike | None]]:
+        """Uploads what is too large for a request; returns both, as a request can carry them."""
+        placed = yield from self._place(train)
+        return placed, None if evaluation is None else (yield from self._place(evaluation))
+
+    def _place(self, data: DatasetLike) -> _flows.Flow[Any, DatasetLike]:
+        placed = yield _flows.Blocking(lambda: _datasets.place(data))
+        if isinstance(placed, dataset_pb2.DatasetSource):
+            return placed
+        return (yield from _upload.upload(placed, "", self.timeout, self._stream_retry(), None))
+
+    def _list_datasets_flow(self, limit: int | None) -> _flows.Flow[Any, list[dataset_pb2.Dataset]]:
+        request = service_pb2.ListDatasetsRequest(page_size=min(limit or 1000, 1000))
+        return _flows.list_datasets(request, limit, self.timeout, self._unary_retry())
 
     def _train_flow(self, request: service_pb2.TrainRequest, cursor: _flows.Cursor) -> _flows.Flow[Any, _flows.Outcome]:
         return _flows.train(request, cursor, self._stream_retry())

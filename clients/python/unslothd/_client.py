@@ -11,14 +11,16 @@ import grpc
 
 from unslothd import _artifacts, _base, _download, _flows, _receipt, _requests
 from unslothd._artifacts import DownloadSource, ExportFormatName, ExportSource
-from unslothd._datasets import DatasetLike
+from unslothd._datasets import DatasetIdLike, DatasetLike, dataset_id
 from unslothd._download import DownloadProgress
 from unslothd._drive import SyncDriver, Transport
 from unslothd._requests import DisconnectPolicyName, LoraOptions, ModelLike, Prompt, TrainingLike, TrainingState
 from unslothd._row_format import Layout
 from unslothd._runs import TextStream, TrainingRun
+from unslothd._upload import OnProgress
+from unslothd._upload_sources import FormatName
 from unslothd.v1 import artifact_pb2, model_pb2, service_pb2, training_pb2
-from unslothd.v1.dataset_pb2 import RowFormat
+from unslothd.v1.dataset_pb2 import Dataset, RowFormat
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 
 ResultT = TypeVar("ResultT")
@@ -146,6 +148,54 @@ class Client(_base.BaseClient):
         flow = self._unary_flow("UnloadModel", request, slow=True, repeatable=False)
         return (self._call(flow)).freed_memory_bytes
 
+    def upload_dataset(
+        self,
+        data: DatasetLike,
+        *,
+        name: str = "",
+        format: FormatName | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Dataset:
+        """Stores rows on the server, to train on them any number of times. Rows that it has already are not sent.
+
+        Args:
+            data: A local file (.jsonl, .csv, .parquet, .arrow, .json), a `datasets.Dataset`, a `pandas.DataFrame`,
+                a table of Arrow (pyarrow, polars and others), or an iterable of dicts of any length.
+            name: For people; need not be unique.
+            format: Of a file whose name does not say it.
+            on_progress: Called after each piece that was sent, from another thread.
+
+        Returns:
+            The dataset; `train` takes it.
+
+        Raises:
+            InvalidRequest: DATASET_ROW (`field_violations` names the first 20 bad rows), DATASET_EMPTY or
+                DATASET_DAMAGED. ResourceExhausted: DATASET_TOO_LARGE or DISK_FULL. Nothing is kept then.
+        """
+        return self._call(self._upload_flow(data, name, format, on_progress))
+
+    def get_dataset(self, dataset: DatasetIdLike) -> Dataset:
+        """Returns a stored dataset."""
+        request = service_pb2.GetDatasetRequest(dataset_id=dataset_id(dataset))
+        return (self._call(self._unary_flow("GetDataset", request))).dataset
+
+    def list_datasets(self, *, limit: int | None = None) -> list[Dataset]:
+        """Returns stored datasets, newest first.
+
+        Args:
+            limit: At most so many; None = all.
+        """
+        return self._call(self._list_datasets_flow(limit))
+
+    def delete_dataset(self, dataset: DatasetIdLike) -> None:
+        """Removes a stored dataset.
+
+        Raises:
+            FailedPrecondition: DATASET_IN_USE, while a training that is not over reads it.
+        """
+        request = service_pb2.DeleteDatasetRequest(dataset_id=dataset_id(dataset))
+        self._call(self._unary_flow("DeleteDataset", request, repeatable=False))
+
     def train(
         self,
         model: ModelLike,
@@ -182,6 +232,7 @@ class Client(_base.BaseClient):
             InvalidRequest: Fields or rows are wrong. NotFound, FailedPrecondition, AlreadyExists, ResourceExhausted:
                 the training was refused; see `reason`.
         """
+        train_dataset, eval_dataset = self._call(self._placed_flow(train_dataset, eval_dataset))
         request = _requests.train(
             model,
             train_dataset,
@@ -230,6 +281,7 @@ class Client(_base.BaseClient):
         Raises:
             InvalidRequest: Fields or rows are wrong. FailedPrecondition: MODEL_BUSY while a training runs on the model.
         """
+        train_dataset, eval_dataset = self._call(self._placed_flow(train_dataset, eval_dataset))
         request = _requests.plan(
             model,
             train_dataset,

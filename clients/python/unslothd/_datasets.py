@@ -2,14 +2,24 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from unslothd import _row_format, errors
 from unslothd._row_format import Layout
-from unslothd._rows import MAX_INLINE_BYTES, ArrowTable, DataFrame, encode_jsonl, rows_of, too_large
+from unslothd._rows import (
+    MAX_INLINE_BYTES,
+    ArrowTable,
+    DataFrame,
+    RowsTooLarge,
+    encode_jsonl,
+    encoded_rows,
+    rows_of,
+    too_large,
+)
+from unslothd._upload_sources import FORMATS, FileSource, FormatName, SpooledSource, UploadSource, rows_source
 from unslothd.v1 import dataset_pb2
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -20,6 +30,7 @@ _FORMATS: dict[str, "dataset_pb2.DataFormat.ValueType"] = {
     ".parquet": dataset_pb2.DATA_FORMAT_PARQUET,
     ".arrow": dataset_pb2.DATA_FORMAT_ARROW_STREAM,
 }
+_JSONL = dataset_pb2.DATA_FORMAT_JSONL
 _SUFFIXES = (*_FORMATS, ".json")
 _ARROW_FILE_MAGIC = b"ARROW1"
 
@@ -63,12 +74,14 @@ class UploadedDataset:
     dataset_id: str
 
 
+DatasetIdLike: TypeAlias = dataset_pb2.Dataset | UploadedDataset | str
 DatasetLike: TypeAlias = (
     str
     | Path
     | ServerPath
     | HubDataset
     | UploadedDataset
+    | dataset_pb2.Dataset
     | dataset_pb2.DatasetSource
     | ArrowTable
     | DataFrame
@@ -88,7 +101,8 @@ def dataset(
     Args:
         data: A list (or other iterable) of dicts, a `datasets.Dataset`, a `pandas.DataFrame` or a `pyarrow.Table`;
             a pathlib.Path or str of a local file (.jsonl, .json, .csv, .parquet, .arrow); the "org/name" of a Hub
-            dataset; a ServerPath, HubDataset or UploadedDataset. Local rows travel inside the request: 4 MiB at most.
+            dataset; a ServerPath, HubDataset or UploadedDataset; what `upload_dataset` returned. Local rows travel
+            inside the request: 4 MiB at most. Larger ones are passed to `train` as they are, which uploads them.
         row_format: Layout by name, or what `unslothd.row_format` returns; None = detected by the server.
         template: Text with {column} places, in place of row_format.
         limit: First N rows only; 0 = all.
@@ -108,6 +122,62 @@ def dataset(
     if limit:
         source.limit = limit
     return source
+
+
+def place(data: DatasetLike) -> "dataset_pb2.DatasetSource | UploadSource":
+    """Returns the source of data that a request can carry, or what is to be uploaded because it is too large.
+
+    Raises:
+        InvalidRequest: As `dataset`, but for the size.
+        TypeError: As `dataset`.
+    """
+    if isinstance(data, Iterator):  # it can be read once only
+        spooled = cast(SpooledSource, rows_source(data))
+        if spooled.num_bytes > MAX_INLINE_BYTES:
+            return spooled
+        return _inline(b"".join(spooled.blocks()), spooled.data_format)
+    try:
+        return dataset(data)
+    except RowsTooLarge:
+        return upload_source(data)
+
+
+def upload_source(data: DatasetLike, data_format: FormatName | None = None) -> UploadSource:
+    """Returns what to send of local data.
+
+    Args:
+        data: As for `dataset`; not what is on the server or the Hub already.
+        data_format: Of a file whose name does not say it.
+
+    Raises:
+        InvalidRequest: No such file, a kind of file that is not read, rows that are not JSON, or not local.
+        TypeError: Not a dataset.
+    """
+    if isinstance(data, str | Path):
+        return _file_source(Path(data).expanduser(), data_format)
+    if data_format is not None:
+        raise errors.InvalidRequest("format is for files only: tables are sent as Arrow, other rows as JSONL")
+    if _named(data) is not None:
+        raise errors.InvalidRequest("the rows are not here, so there is nothing to upload: pass this to train as it is")
+    return rows_source(data)
+
+
+def _file_source(path: Path, data_format: FormatName | None) -> UploadSource:
+    suffix = _checked_suffix(path) if data_format is None else ""
+    if suffix == ".json":
+        source = _json_rows(path, path.read_bytes())
+        return FileSource(path, _FORMATS[".jsonl"]) if source is None else SpooledSource(encoded_rows(source), _JSONL)
+    if not path.is_file():
+        raise _no_file(path)
+    if suffix == ".arrow":
+        with path.open("rb") as file:
+            _refuse_arrow_file(path, file.read(len(_ARROW_FILE_MAGIC)))
+    return FileSource(path, FORMATS[data_format] if data_format is not None else _FORMATS[suffix])
+
+
+def dataset_id(data: DatasetIdLike) -> str:
+    """Returns the id of a stored dataset."""
+    return data if isinstance(data, str) else data.dataset_id
 
 
 def _named_format(layout: Layout | None, template: str) -> dataset_pb2.RowFormat:
@@ -134,7 +204,7 @@ def _named(data: object) -> dataset_pb2.DatasetSource | None:
         case HubDataset():
             hub = dataset_pb2.HubDataset(name=data.name, config=data.config, split=data.split, revision=data.revision)
             return dataset_pb2.DatasetSource(hub=hub)
-        case UploadedDataset():
+        case UploadedDataset() | dataset_pb2.Dataset():
             return dataset_pb2.DatasetSource(dataset_id=data.dataset_id)
         case _:
             return None
@@ -159,36 +229,52 @@ def _from_string(text: str) -> dataset_pb2.DatasetSource:
 
 
 def _local_file(path: Path) -> dataset_pb2.DatasetSource:
+    suffix = _checked_suffix(path)
+    if path.stat().st_size > MAX_INLINE_BYTES and suffix != ".json":
+        raise too_large(f"{path.name} has {path.stat().st_size} bytes")
+    data = path.read_bytes()
+    if suffix == ".json":
+        rows = _json_rows(path, data)
+        return _inline(data if rows is None else encode_jsonl(rows), _JSONL)
+    if suffix == ".arrow":
+        _refuse_arrow_file(path, data)
+    return _inline(data, _FORMATS[suffix])
+
+
+def _checked_suffix(path: Path) -> str:
+    """Returns the suffix, which says what the file holds."""
     if not path.is_file():
-        raise errors.InvalidRequest(
-            f"{str(path)!r} is no file here; for a file on the server pass unslothd.ServerPath({str(path)!r})"
-        )
+        raise _no_file(path)
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise errors.InvalidRequest(
             f"{path.name}: files of rows end in {', '.join(_SUFFIXES)}; read it yourself and pass a list of dicts"
         )
-    if path.stat().st_size > MAX_INLINE_BYTES and suffix != ".json":
-        raise too_large(f"{path.name} has {path.stat().st_size} bytes")
-    data = path.read_bytes()
-    if suffix == ".json":
-        return _json_file(path, data)
-    if data.startswith(_ARROW_FILE_MAGIC) and suffix == ".arrow":
+    return suffix
+
+
+def _no_file(path: Path) -> errors.InvalidRequest:
+    return errors.InvalidRequest(
+        f"{str(path)!r} is no file here; for a file on the server pass unslothd.ServerPath({str(path)!r})"
+    )
+
+
+def _refuse_arrow_file(path: Path, data: bytes) -> None:
+    if data.startswith(_ARROW_FILE_MAGIC):
         raise errors.InvalidRequest(
             f"{path.name} is an Arrow IPC file, not a stream: pass pyarrow.ipc.open_file(path).read_all() instead"
         )
-    return _inline(data, _FORMATS[suffix])
 
 
-def _json_file(path: Path, data: bytes) -> dataset_pb2.DatasetSource:
-    """A .json file holds a list of rows, or one row a line."""
+def _json_rows(path: Path, data: bytes) -> Iterable[object] | None:
+    """Returns the rows of a .json file that holds a list of them; None when it holds one row a line."""
     if not data.lstrip().startswith(b"["):
-        return _inline(data, dataset_pb2.DATA_FORMAT_JSONL)
+        return None
     try:
         rows: object = json.loads(data)
     except ValueError as error:
         raise errors.InvalidRequest(f"{path.name} is not JSON: {error}") from error
-    return _inline(encode_jsonl(rows_of(rows)), dataset_pb2.DATA_FORMAT_JSONL)
+    return rows_of(rows)
 
 
 def _inline(data: bytes, data_format: "dataset_pb2.DataFormat.ValueType") -> dataset_pb2.DatasetSource:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Self, cast
 
@@ -34,6 +34,12 @@ class Transport:
         """Starts a call: a stream, an awaitable, or (unary, synchronous) the response itself."""
         call = cast(Callable[..., Any], getattr(self.stub, method))
         return call(request, timeout=timeout, metadata=self.metadata)
+
+    def send(self, method: str, requests: "Iterable[Message] | AsyncIterator[Message]") -> Any:
+        """Starts a call whose requests are a stream: a future (synchronous) or an awaitable."""
+        call: Any = getattr(self.stub, method)
+        start = getattr(call, "future", call)  # grpc.aio has no other way to start it
+        return start(requests, metadata=self.metadata)
 
     def translated(self, error: grpc.RpcError) -> errors.UnslothdError:
         """Returns the client's exception for an error of grpc, which stays its cause."""
@@ -132,17 +138,34 @@ class SyncDriver(_Driver[ItemT, ResultT]):
         match operation:
             case _flows.Unary():
                 return self._transport.start(operation.method, operation.request, operation.timeout)
+            case _flows.SendStream():
+                return _response_of(self._transport.send(operation.method, iter(operation.requests)))
             case _flows.OpenStream():
                 return self._open(operation)
             case _flows.Next():
                 stream = self._stream  # None after close() in another thread
                 return None if stream is None else next(stream, None)
             case _flows.CloseStream():
-                return self._cancel_stream()
+                self._cancel_stream()
             case _flows.Sleep():
-                return time.sleep(operation.seconds)
+                time.sleep(operation.seconds)
             case _flows.Blocking():
                 return operation.call()
+        return None
+
+
+def _response_of(call: Any) -> Any:
+    try:
+        return call.result()
+    except BaseException:  # Ctrl-C included: an upload does not go on behind the user's back
+        call.cancel()
+        raise
+
+
+async def _made_in_a_thread(requests: Iterable[Message]) -> AsyncIterator[Message]:
+    iterator = iter(requests)
+    while (request := await asyncio.to_thread(next, iterator, None)) is not None:
+        yield request
 
 
 class AsyncDriver(_Driver[ItemT, ResultT]):
@@ -174,6 +197,8 @@ class AsyncDriver(_Driver[ItemT, ResultT]):
             case _flows.Unary():
                 call: Awaitable[Any] = self._transport.start(operation.method, operation.request, operation.timeout)
                 return await call
+            case _flows.SendStream():
+                return await self._transport.send(operation.method, _made_in_a_thread(operation.requests))
             case _flows.OpenStream():
                 return self._open(operation)
             case _flows.Next():
@@ -181,8 +206,9 @@ class AsyncDriver(_Driver[ItemT, ResultT]):
                 message = grpc.aio.EOF if stream is None else await stream.read()
                 return None if message is grpc.aio.EOF else message
             case _flows.CloseStream():
-                return self._cancel_stream()
+                self._cancel_stream()
             case _flows.Sleep():
-                return await asyncio.sleep(operation.seconds)
+                await asyncio.sleep(operation.seconds)
             case _flows.Blocking():
                 return await asyncio.to_thread(operation.call)
+        return None

@@ -5,7 +5,7 @@ or throws the `UnslothdError` that came of it. So the synchronous and the asynch
 logic of re-attaching, and tests can run it without a server.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -15,7 +15,7 @@ from google.rpc.status_pb2 import Status
 
 from unslothd import errors
 from unslothd._retry import Retry
-from unslothd.v1 import generation_pb2, model_pb2, service_pb2, training_event_pb2, training_pb2
+from unslothd.v1 import dataset_pb2, generation_pb2, model_pb2, service_pb2, training_event_pb2, training_pb2
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -28,6 +28,14 @@ class Unary:
     method: str
     request: Message
     timeout: float | None
+
+
+@dataclass(frozen=True)
+class SendStream:
+    """Make a call whose requests are a stream; its one response is sent back."""
+
+    method: str
+    requests: Iterable[Message]
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Emit(Generic[ItemT]):
     item: ItemT
 
 
-Operation: TypeAlias = Unary | OpenStream | Next | CloseStream | Sleep | Blocking
+Operation: TypeAlias = Unary | SendStream | OpenStream | Next | CloseStream | Sleep | Blocking
 # What is sent back differs from operation to operation; each flow knows what it asked for.
 Flow: TypeAlias = Generator[Operation | Emit[ItemT], Any, ResultT]
 
@@ -291,6 +299,19 @@ def generate(request: service_pb2.GenerateRequest) -> Flow[str, generation_pb2.G
         else:
             yield Emit(message.text)
     return summary
+
+
+def list_datasets(
+    request: service_pb2.ListDatasetsRequest, limit: int | None, timeout: float | None, retry: Retry
+) -> Flow[Any, list[dataset_pb2.Dataset]]:
+    """Returns the newest `limit` datasets, or all, page by page."""
+    found: list[dataset_pb2.Dataset] = []
+    while True:
+        response = yield from unary("ListDatasets", request, timeout, retry)
+        found += response.datasets
+        if not response.next_page_token or (limit is not None and len(found) >= limit):
+            return found[:limit]
+        request.page_token = response.next_page_token
 
 
 def list_trainings(

@@ -33,14 +33,33 @@ class DataFrame(Protocol):
         ...
 
 
+class RowsTooLarge(errors.InvalidRequest):
+    """The rows do not fit into a request; an upload takes them."""
+
+
 def encode_jsonl(rows: Iterable[object]) -> bytes:
     """Returns rows as JSONL, UTF-8.
 
     Raises:
-        InvalidRequest: More than 4 MiB (the rest is not read), or a value that JSON does not have.
+        RowsTooLarge: More than 4 MiB; the rest is not read.
+        InvalidRequest: A value that JSON does not have.
         TypeError: A row that is not a mapping.
     """
     result = bytearray()
+    for number, line in enumerate(encoded_rows(rows), start=1):
+        result += line
+        if len(result) > MAX_INLINE_BYTES:
+            raise too_large(f"the first {number} rows have {len(result)} bytes")
+    return bytes(result)
+
+
+def encoded_rows(rows: Iterable[object]) -> Iterator[bytes]:
+    """Yields each row as a line of JSON, UTF-8.
+
+    Raises:
+        InvalidRequest: A value that JSON does not have.
+        TypeError: A row that is not a mapping.
+    """
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise TypeError(
@@ -53,10 +72,7 @@ def encode_jsonl(rows: Iterable[object]) -> bytes:
         except (TypeError, ValueError) as error:
             text = f"row {number} cannot be sent as JSON: {error}"
             raise errors.InvalidRequest(text, reason="DATASET_ROW") from error
-        result += line + b"\n"
-        if len(result) > MAX_INLINE_BYTES:
-            raise too_large(f"the first {number} rows have {len(result)} bytes")
-    return bytes(result)
+        yield line + b"\n"
 
 
 def _plain(value: object) -> object:
@@ -105,9 +121,9 @@ def _arrow_rows(table: ArrowTable) -> Iterator[Mapping[str, Any]]:
         yield from batch.to_pylist()
 
 
-def too_large(what: str) -> errors.InvalidRequest:
-    return errors.InvalidRequest(
-        f"{what}, and a request carries at most {MAX_INLINE_BYTES} bytes (4 MiB) of rows: copy the file to the server "
-        'and pass unslothd.ServerPath("/path/on/the/server.jsonl"), or push it to the Hub and pass '
-        'unslothd.HubDataset("org/name"); uploads come with a later version'
+def too_large(what: str) -> RowsTooLarge:
+    return RowsTooLarge(
+        f"{what}, and a request carries at most {MAX_INLINE_BYTES} bytes (4 MiB) of rows: pass the data itself to "
+        "client.train(), which uploads it, or upload it once with client.upload_dataset(data) and pass what that "
+        'returns; a file on the server is unslothd.ServerPath("/path/on/the/server.jsonl")'
     )

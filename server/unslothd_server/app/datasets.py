@@ -138,12 +138,13 @@ class Datasets:
         async for request in requests:
             if request.HasField("header"):
                 raise InvalidFieldsError([FieldViolation("header", "may come once only, as the first message")])
-            received += len(request.chunk)
+            chunk = request.chunk  # each look at it is a copy
+            received += len(chunk)
             if received > self.max_bytes:
                 raise self._too_large()
             if check.over:  # the rows that are there are bad already
                 await check.verdict()
-            await intake.add(request.chunk)
+            await intake.add(chunk)
 
     def _keep(self, header: UploadDatasetHeader, incoming: IncomingRows, found: RowsFound) -> Dataset:
         dataset = Dataset(

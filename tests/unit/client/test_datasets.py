@@ -90,7 +90,7 @@ def test_rows_beyond_4_mib_are_refused_before_all_are_read_and_say_what_to_do():
             taken.append(1)
             yield {"text": "x" * 1_000_000}
 
-    with pytest.raises(errors.InvalidRequest, match="ServerPath"):
+    with pytest.raises(errors.InvalidRequest, match="upload_dataset"):
         unslothd.dataset(endless())
     assert len(taken) == 5
 
@@ -129,7 +129,7 @@ def test_a_broken_json_file_is_refused(tmp_path):
 def test_a_large_file_is_refused_with_the_way_to_do_it(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b" " * (4 * 1024 * 1024 + 1))
-    with pytest.raises(errors.InvalidRequest, match=r"4194305 bytes.*ServerPath"):
+    with pytest.raises(errors.InvalidRequest, match=r"4194305 bytes.*upload_dataset"):
         unslothd.dataset(file)
 
 
