@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from unslothd._version import __version__
-from unslothd.cli import artifacts, chat, generate, info, models, plan, receipt, serve, train, trainings
+from unslothd.cli import artifacts, chat, datasets, generate, info, models, plan, receipt, serve, train, trainings
 
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 the call or the training failed, or the training was cancelled, or files are not as their "
@@ -49,5 +49,6 @@ plan.register(app)
 trainings.register(app)
 generate.register(app)
 chat.register(app)
+datasets.register(app)
 artifacts.register(app)
 receipt.register(app)

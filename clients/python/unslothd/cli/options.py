@@ -20,8 +20,8 @@ _DATA = "Rows"
 Dataset = Annotated[
     str,
     typer.Option(
-        help="A file here (.jsonl, .json, .csv, .parquet; 4 MiB at most), server:PATH, hub:ORG/NAME or "
-        "hub:ORG/NAME:SPLIT, or the sha256:… of an uploaded dataset.",
+        help="A file here (.jsonl, .json, .csv, .parquet, .arrow; beyond 4 MiB it is uploaded first), server:PATH, "
+        "hub:ORG/NAME or hub:ORG/NAME:SPLIT, or the sha256:… of an uploaded dataset.",
         rich_help_panel=_DATA,
     ),
 ]

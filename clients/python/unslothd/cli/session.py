@@ -58,7 +58,8 @@ class Output:
         if len(error.field_violations) < 2:  # noqa: PLR2004 - more than one is a list
             self.note(f"{title}: {error.message}", style="red")
             return
-        self.note(f"{title}: {len(error.field_violations)} fields are wrong", style="red")
+        what = "rows cannot be used" if error.reason == "DATASET_ROW" else "fields are wrong"
+        self.note(f"{title}: {len(error.field_violations)} {what}", style="red")
         for each in error.field_violations:
             self.note(f"  {each.field}: {each.description}", style="red")
 

@@ -5,7 +5,7 @@ import math
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from unslothd.v1 import artifact_pb2, model_pb2, training_event_pb2, training_pb2
+from unslothd.v1 import artifact_pb2, dataset_pb2, model_pb2, training_event_pb2, training_pb2
 
 _KIBI = 1024
 _BARS = "▁▂▃▄▅▆▇█"
@@ -62,6 +62,11 @@ def model_state(model: model_pb2.Model) -> str:
 def training_state(state: "training_pb2.Training.State.ValueType") -> str:
     """Returns the state of a training: "running"."""
     return training_pb2.Training.State.Name(state).removeprefix("STATE_").lower()
+
+
+def data_format(data_format: "dataset_pb2.DataFormat.ValueType") -> str:
+    """Returns an encoding of rows: "jsonl"."""
+    return dataset_pb2.DataFormat.Name(data_format).removeprefix("DATA_FORMAT_").lower()
 
 
 def export_format(format: "artifact_pb2.ExportFormat.ValueType") -> str:
