@@ -175,6 +175,8 @@ class LoadProgress(_message.Message):
         """Files come from the Hub."""
         PHASE_LOADING_WEIGHTS: LoadProgress._Phase.ValueType  # 3
         """Weights are read, converted (GGUF) and placed on the device."""
+        PHASE_WAITING_FOR_MEMORY: LoadProgress._Phase.ValueType  # 4
+        """Before all others, with wait_for_memory: the device is too full; total = bytes needed, done = bytes free."""
 
     class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
         """What the load is doing. Phases come in this order; DOWNLOADING is skipped for local files."""
@@ -187,6 +189,8 @@ class LoadProgress(_message.Message):
     """Files come from the Hub."""
     PHASE_LOADING_WEIGHTS: LoadProgress.Phase.ValueType  # 3
     """Weights are read, converted (GGUF) and placed on the device."""
+    PHASE_WAITING_FOR_MEMORY: LoadProgress.Phase.ValueType  # 4
+    """Before all others, with wait_for_memory: the device is too full; total = bytes needed, done = bytes free."""
 
     PHASE_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int

@@ -142,9 +142,11 @@ class LoadModelRequest(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     FULL_FINETUNING_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WAIT_FOR_MEMORY_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Hub id, folder or "*.gguf" file below an allowed root (absolute, or relative to a model root), a saved adapter,
-    or "training:<training_id>" for the result of a training. 1 to 1024 characters.
+    "training:<training_id>" for the result of a training, or "training:<training_id>/checkpoint-<step>" for one of
+    its checkpoints. 1 to 1024 characters.
     """
     max_seq_length: _builtins.int
     """Tokens; longest sequence for training and generation. 16 to 4194304, default 2048."""
@@ -164,6 +166,10 @@ class LoadModelRequest(_message.Message):
     """Client-chosen (a UUID), at most 128 characters. A retry with the same id and content attaches to the first load;
     with other content it is ALREADY_EXISTS.
     """
+    wait_for_memory: _builtins.bool
+    """A model that does not fit now waits until others have given memory back, instead of being refused. One that is
+    larger than the whole device is refused all the same.
+    """
     def __init__(
         self,
         *,
@@ -176,10 +182,11 @@ class LoadModelRequest(_message.Message):
         revision: _builtins.str = ...,
         full_finetuning: _builtins.bool = ...,
         request_id: _builtins.str = ...,
+        wait_for_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_device_map", b"_device_map", "_dtype", b"_dtype", "_load_in_4bit", b"_load_in_4bit", "_max_seq_length", b"_max_seq_length", "device_map", b"device_map", "dtype", b"dtype", "load_in_4bit", b"load_in_4bit", "max_seq_length", b"max_seq_length"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_map", b"_device_map", "_dtype", b"_dtype", "_load_in_4bit", b"_load_in_4bit", "_max_seq_length", b"_max_seq_length", "device_map", b"device_map", "dtype", b"dtype", "full_finetuning", b"full_finetuning", "load_in_4bit", b"load_in_4bit", "max_seq_length", b"max_seq_length", "model_name", b"model_name", "request_id", b"request_id", "revision", b"revision", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_map", b"_device_map", "_dtype", b"_dtype", "_load_in_4bit", b"_load_in_4bit", "_max_seq_length", b"_max_seq_length", "device_map", b"device_map", "dtype", b"dtype", "full_finetuning", b"full_finetuning", "load_in_4bit", b"load_in_4bit", "max_seq_length", b"max_seq_length", "model_name", b"model_name", "request_id", b"request_id", "revision", b"revision", "token", b"token", "wait_for_memory", b"wait_for_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__device_map: _TypeAlias = _typing.Literal["device_map"]  # noqa: Y015
     _WhichOneofArgType__device_map: _TypeAlias = _typing.Literal["_device_map", b"_device_map"]  # noqa: Y015

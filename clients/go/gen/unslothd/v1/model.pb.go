@@ -110,6 +110,8 @@ const (
 	LoadProgress_PHASE_DOWNLOADING LoadProgress_Phase = 2
 	// Weights are read, converted (GGUF) and placed on the device.
 	LoadProgress_PHASE_LOADING_WEIGHTS LoadProgress_Phase = 3
+	// Before all others, with wait_for_memory: the device is too full; total = bytes needed, done = bytes free.
+	LoadProgress_PHASE_WAITING_FOR_MEMORY LoadProgress_Phase = 4
 )
 
 // Enum value maps for LoadProgress_Phase.
@@ -119,12 +121,14 @@ var (
 		1: "PHASE_STARTING_WORKER",
 		2: "PHASE_DOWNLOADING",
 		3: "PHASE_LOADING_WEIGHTS",
+		4: "PHASE_WAITING_FOR_MEMORY",
 	}
 	LoadProgress_Phase_value = map[string]int32{
-		"PHASE_UNSPECIFIED":     0,
-		"PHASE_STARTING_WORKER": 1,
-		"PHASE_DOWNLOADING":     2,
-		"PHASE_LOADING_WEIGHTS": 3,
+		"PHASE_UNSPECIFIED":        0,
+		"PHASE_STARTING_WORKER":    1,
+		"PHASE_DOWNLOADING":        2,
+		"PHASE_LOADING_WEIGHTS":    3,
+		"PHASE_WAITING_FOR_MEMORY": 4,
 	}
 )
 
@@ -545,17 +549,18 @@ const file_unslothd_v1_model_proto_rawDesc = "" +
 	"\x0eSTATE_TRAINING\x10\x04\x12\x13\n" +
 	"\x0fSTATE_UNLOADING\x10\x05\x12\x10\n" +
 	"\fSTATE_FAILED\x10\x06\x12\x13\n" +
-	"\x0fSTATE_SUSPENDED\x10\a\"\xf7\x01\n" +
+	"\x0fSTATE_SUSPENDED\x10\a\"\x96\x02\n" +
 	"\fLoadProgress\x125\n" +
 	"\x05phase\x18\x01 \x01(\x0e2\x1f.unslothd.v1.LoadProgress.PhaseR\x05phase\x12\x12\n" +
 	"\x04done\x18\x02 \x01(\x03R\x04done\x12\x14\n" +
 	"\x05total\x18\x03 \x01(\x03R\x05total\x12\x19\n" +
-	"\bmodel_id\x18\x04 \x01(\tR\amodelId\"k\n" +
+	"\bmodel_id\x18\x04 \x01(\tR\amodelId\"\x89\x01\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15PHASE_STARTING_WORKER\x10\x01\x12\x15\n" +
 	"\x11PHASE_DOWNLOADING\x10\x02\x12\x19\n" +
-	"\x15PHASE_LOADING_WEIGHTS\x10\x03\"\xc3\x02\n" +
+	"\x15PHASE_LOADING_WEIGHTS\x10\x03\x12\x1c\n" +
+	"\x18PHASE_WAITING_FOR_MEMORY\x10\x04\"\xc3\x02\n" +
 	"\n" +
 	"LoraConfig\x12\x11\n" +
 	"\x01r\x18\x01 \x01(\x05H\x00R\x01r\x88\x01\x01\x12\"\n" +

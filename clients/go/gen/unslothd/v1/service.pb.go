@@ -190,7 +190,8 @@ func (x *GetServerInfoResponse) GetLimits() *ServerLimits {
 type LoadModelRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Hub id, folder or "*.gguf" file below an allowed root (absolute, or relative to a model root), a saved adapter,
-	// or "training:<training_id>" for the result of a training. 1 to 1024 characters.
+	// "training:<training_id>" for the result of a training, or "training:<training_id>/checkpoint-<step>" for one of
+	// its checkpoints. 1 to 1024 characters.
 	ModelName string `protobuf:"bytes,1,opt,name=model_name,json=modelName,proto3" json:"model_name,omitempty"`
 	// Tokens; longest sequence for training and generation. 16 to 4194304, default 2048.
 	MaxSeqLength *int32 `protobuf:"varint,2,opt,name=max_seq_length,json=maxSeqLength,proto3,oneof" json:"max_seq_length,omitempty"`
@@ -208,7 +209,10 @@ type LoadModelRequest struct {
 	FullFinetuning bool `protobuf:"varint,8,opt,name=full_finetuning,json=fullFinetuning,proto3" json:"full_finetuning,omitempty"`
 	// Client-chosen (a UUID), at most 128 characters. A retry with the same id and content attaches to the first load;
 	// with other content it is ALREADY_EXISTS.
-	RequestId     string `protobuf:"bytes,9,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,9,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// A model that does not fit now waits until others have given memory back, instead of being refused. One that is
+	// larger than the whole device is refused all the same.
+	WaitForMemory bool `protobuf:"varint,10,opt,name=wait_for_memory,json=waitForMemory,proto3" json:"wait_for_memory,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -304,6 +308,13 @@ func (x *LoadModelRequest) GetRequestId() string {
 		return x.RequestId
 	}
 	return ""
+}
+
+func (x *LoadModelRequest) GetWaitForMemory() bool {
+	if x != nil {
+		return x.WaitForMemory
+	}
+	return false
 }
 
 // Progress of a load, or its result.
@@ -2842,7 +2853,7 @@ const file_unslothd_v1_service_proto_rawDesc = "" +
 	"\x06limits\x18\x04 \x01(\v2\x19.unslothd.v1.ServerLimitsR\x06limits\x1aA\n" +
 	"\x13EngineVersionsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xfe\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa6\x03\n" +
 	"\x10LoadModelRequest\x12\x1d\n" +
 	"\n" +
 	"model_name\x18\x01 \x01(\tR\tmodelName\x12)\n" +
@@ -2856,7 +2867,9 @@ const file_unslothd_v1_service_proto_rawDesc = "" +
 	"\brevision\x18\a \x01(\tR\brevision\x12'\n" +
 	"\x0ffull_finetuning\x18\b \x01(\bR\x0efullFinetuning\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\t \x01(\tR\trequestIdB\x11\n" +
+	"request_id\x18\t \x01(\tR\trequestId\x12&\n" +
+	"\x0fwait_for_memory\x18\n" +
+	" \x01(\bR\rwaitForMemoryB\x11\n" +
 	"\x0f_max_seq_lengthB\x0f\n" +
 	"\r_load_in_4bitB\r\n" +
 	"\v_device_mapB\b\n" +

@@ -53,6 +53,7 @@ class GetStatusResponse(_message.Message):
     TRAINING_ID_FIELD_NUMBER: _builtins.int
     TRAINING_ACTIVE_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    SECONDS_SINCE_PROGRESS_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     """Process id of the worker."""
     training_id: _builtins.str
@@ -61,6 +62,8 @@ class GetStatusResponse(_message.Message):
     """True while that training has no terminal event."""
     last_sequence: _builtins.int
     """Last sequence in its log."""
+    seconds_since_progress: _builtins.float
+    """Seconds since that training last did anything: an event, a row, a pass. Meaningful while it is active."""
     @_builtins.property
     def model(self) -> _model_pb2.Model:
         """Unset until loaded."""
@@ -73,10 +76,11 @@ class GetStatusResponse(_message.Message):
         training_id: _builtins.str = ...,
         training_active: _builtins.bool = ...,
         last_sequence: _builtins.int = ...,
+        seconds_since_progress: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_sequence", b"last_sequence", "model", b"model", "pid", b"pid", "training_active", b"training_active", "training_id", b"training_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_sequence", b"last_sequence", "model", b"model", "pid", b"pid", "seconds_since_progress", b"seconds_since_progress", "training_active", b"training_active", "training_id", b"training_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
