@@ -54,14 +54,15 @@ def build_tiny_llama(
         tie_word_embeddings: True leaves out lm_head.weight.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _train_tokenizer()
+    tokenizer = train_tokenizer()
     _write_tokenizer(folder, tokenizer, chat_template)
     _write_config(folder, tokenizer, tie_word_embeddings)
     save_file(_random_weights(seed, tie_word_embeddings), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def _train_tokenizer() -> Tokenizer:
+def train_tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer of VOCAB_SIZE tokens that knows common words of the tests."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -149,9 +149,9 @@ def _answer_span(render: Render, turns: Sequence[Turn], index: int, text: str, m
     Most templates write the turns before an answer, and those through it, as the beginning of the whole. Some write a
     turn differently once others follow it; then the places are told from what changes when the turn does.
     """
-    last = index == len(turns) - 1
+    is_last = index == len(turns) - 1
     before = _part(render, turns[:index], add_generation_prompt=True)
-    through = text if last else _part(render, turns[: index + 1], add_generation_prompt=False)
+    through = text if is_last else _part(render, turns[: index + 1], add_generation_prompt=False)
     starts = before is not None and text.startswith(before)
     ends = through is not None and text.startswith(through)
     if starts and ends:
@@ -159,16 +159,21 @@ def _answer_span(render: Render, turns: Sequence[Turn], index: int, text: str, m
     said = _said(render, turns, index, text, mark)
     if said is None:
         return None
-    start = len(before or "") if starts else said[0]
-    if ends:
-        return start, len(through or "")
-    return start, said[1] + _ending(render, turns[: index + 1], text[said[1] :], through, mark)
+    lead, tail = _frame(render, turns[: index + 1], before, through, mark)
+    start = said[0] - (len(lead) if text.endswith(lead, 0, said[0]) else 0)
+    end = said[1] + _common_length(text[said[1] :], tail)
+    return len(before or "") if starts else start, len(through or "") if ends else end
 
 
-def _ending(render: Render, turns: Sequence[Turn], rest: str, through: str | None, mark: str) -> int:
-    """Characters at the beginning of `rest` that end a turn, as they do where that turn is the last one."""
+def _frame(
+    render: Render, turns: Sequence[Turn], before: str | None, through: str | None, mark: str
+) -> tuple[str, str]:
+    """What the template writes around the words of the last turn, between generation prompt and end."""
     said = None if through is None else _said(render, turns, len(turns) - 1, through, mark)
-    return 0 if said is None else _common_length(rest, str(through)[said[1] :])
+    if said is None or through is None:
+        return "", ""
+    begins = before is not None and through.startswith(before)
+    return through[len(before or "") : said[0]] if begins else "", through[said[1] :]
 
 
 def _said(render: Render, turns: Sequence[Turn], index: int, text: str, mark: str) -> Span | None:
