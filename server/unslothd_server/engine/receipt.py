@@ -127,12 +127,16 @@ def _time(moment: datetime) -> str:
 
 
 def _versions() -> dict[str, str]:
+    import torch
+
     found = {"python": platform.python_version(), "unslothd": __version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    # With the build, e.g. "+cu130", which the package's own version does not always have.
+    found["torch"] = str(torch.__version__)
     return found
 
 
@@ -247,7 +251,7 @@ def tokens_sha256(rows: Any) -> str:
     import numpy as np
     import pyarrow.compute as pc
 
-    table = rows.data
+    table = rows.with_format("arrow")[:]
     digest = hashlib.sha256()
     for chunk in table.column("input_ids").chunks:
         digest.update(pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype("<i8").tobytes())

@@ -16,10 +16,11 @@ from unslothd.v1.training_event_pb2 import (
     TrainingSucceeded,
     TrainingWarning,
 )
-from unslothd.v1.training_pb2 import TrainingConfig
+from unslothd.v1.training_pb2 import TrainingConfig, TrainingMetrics
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
 from unslothd_server.engine import checkpoints, environment, honesty, readback, reports
 from unslothd_server.engine.callbacks import Emit, EventCallback
+from unslothd_server.engine.durable_files import sync_folder
 from unslothd_server.engine.evaluation import EarlyStopping
 from unslothd_server.engine.memory import PeakMemory
 from unslothd_server.engine.model_loading import LoadedModel
@@ -231,7 +232,7 @@ class TrainingRun:
         for warning in honesty.unchanged_warnings(self._weights_before, trainer.model, step + 1 - self._first_step):
             self._warn(warning)
         metrics = reports.metrics(trainer, self._figures)
-        return TrainingSucceeded(metrics=metrics, output_dir=str(self._save_final("succeeded")))
+        return TrainingSucceeded(metrics=metrics, output_dir=str(self._save_final("succeeded", metrics)))
 
     def _save_checkpoint(self, step: int) -> None:
         """Saves at a step boundary outside of Transformers' loop, unless that step is on the disk already."""
@@ -250,29 +251,32 @@ class TrainingRun:
     def _halted(self, step: int) -> TrainingCancelled | TrainingPaused:
         if self._stop.pause:
             return TrainingPaused(step)
-        keep = self._stop.save_checkpoint and step > 0
-        return TrainingCancelled(step=step, output_dir=str(self._save_final("cancelled")) if keep else "")
+        if not (self._stop.save_checkpoint and step):
+            return TrainingCancelled(step=step)
+        metrics = reports.metrics(self._trainer, self._figures)
+        return TrainingCancelled(step=step, output_dir=str(self._save_final("cancelled", metrics)))
 
-    def _save_final(self, outcome: str) -> Path:
+    def _save_final(self, outcome: str, metrics: TrainingMetrics) -> Path:
         """Writes adapter (or all weights), tokenizer and receipt; the folder appears whole or not at all."""
         final, work = self._output_dir / "final", self._output_dir / "final.partial"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         self._loaded.model.save_pretrained(str(work))
         self._loaded.tokenizer.save_pretrained(str(work))
-        write_receipt(self._finished_run(outcome), work)
+        write_receipt(self._finished_run(outcome, metrics), work)
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
+        sync_folder(self._output_dir)
         return final
 
-    def _finished_run(self, outcome: str) -> FinishedRun:
+    def _finished_run(self, outcome: str, metrics: TrainingMetrics) -> FinishedRun:
         assert self._rows is not None
         return FinishedRun(
             request=self._request,
             loaded=self._loaded,
             rows=self._rows,
             config=self._real_config,
-            metrics=reports.metrics(self._trainer, self._figures),
+            metrics=metrics,
             state=self._trainer.state,
             outcome=outcome,
             start_time=self._start_time,
