@@ -5,6 +5,7 @@ from typing import Any
 from unslothd.v1.training_event_pb2 import TrainingWarning
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, TrainingMetrics, TrainingPlan
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
+from unslothd_server.engine.footprint import footprint
 from unslothd_server.engine.parameters import count_parameters
 from unslothd_server.engine.run_figures import RunFigures
 from unslothd_server.engine.tokens import TokenisedDataset
@@ -33,7 +34,7 @@ def plan(
         num_tokens=train_rows.num_tokens,
         total_steps=trainer.state.max_steps,
         trainable_params=count_parameters(trainer.model).trainable,
-        memory_free_bytes=_free_memory(trainer.model),
+        memory_free_bytes=free_memory(trainer.model),
         preview=train_rows.preview,
         warnings=[warning.message for warning in warnings],
         longest_row_tokens=train_rows.longest_row_tokens,
@@ -41,6 +42,8 @@ def plan(
         dropped_rows=train_rows.dropped_rows,
         loss_tokens=train_rows.loss_tokens,
         num_eval_rows=0 if eval_rows is None else eval_rows.num_rows,
+        mean_row_tokens=train_rows.mean_row_tokens,
+        memory_estimate_bytes=footprint(trainer).peak(config.batch_size * train_rows.longest_row_tokens),
     )
 
 
@@ -92,7 +95,8 @@ def _mean_loss(history: list[dict[str, Any]]) -> float:
     return total / last if last else 0.0
 
 
-def _free_memory(model: Any) -> int:
+def free_memory(model: Any) -> int:
+    """Bytes that are free on the model's device now."""
     import psutil
     import torch
 

@@ -20,7 +20,7 @@ from unslothd.worker.v1.worker_service_pb2 import (
     StartTrainingRequest,
 )
 from unslothd_server.engine import environment, memory
-from unslothd_server.errors import NotImplementedYetError, PreconditionError
+from unslothd_server.errors import PreconditionError
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
 
 if TYPE_CHECKING:
@@ -62,17 +62,13 @@ class UnslothEngine:
         """Trains to the end or to the stop; see `training.TrainingRun`."""
         from unslothd_server.engine.training import TrainingRun
 
-        loaded = self._require_loaded()
-        if not loaded.prepared:
-            raise PreconditionError(
-                ErrorReason.ERROR_REASON_MODEL_NOT_PREPARED,
-                "The model has no trainable parameters yet. Call PrepareForTraining, then Train again.",
-            )
-        return TrainingRun(loaded, request, emit, stop).run()
+        return TrainingRun(self._require_prepared(), request, emit, stop).run()
 
     def plan(self, request: PlanTrainingRequest, cancelled: Event) -> TrainingPlan:
-        """Works out what `train` would do."""
-        raise NotImplementedYetError("PlanTraining")
+        """Works out what `train` would do; see `planning.plan_training`."""
+        from unslothd_server.engine.planning import plan_training
+
+        return plan_training(self._require_prepared(), request, cancelled)
 
     def export(
         self, request: ExportModelRequest, report: Callable[[ExportProgress], None], cancelled: Event
@@ -98,3 +94,12 @@ class UnslothEngine:
                 ErrorReason.ERROR_REASON_MODEL_NOT_READY, "No model is loaded yet. Load one, then call again."
             )
         return self._loaded
+
+    def _require_prepared(self) -> "LoadedModel":
+        loaded = self._require_loaded()
+        if not loaded.prepared:
+            raise PreconditionError(
+                ErrorReason.ERROR_REASON_MODEL_NOT_PREPARED,
+                "The model has no trainable parameters yet. Call PrepareForTraining, then call again.",
+            )
+        return loaded
