@@ -61,6 +61,10 @@ class IncomingRows:
         self._file.flush()
         return self.num_bytes
 
+    def flush(self) -> None:
+        """Brings what is written so far to the disk; legal beside a `write`. Raises OSError."""
+        os.fdatasync(self._file.fileno())
+
     def finish(self) -> None:
         """Brings every byte to the disk. Raises OSError."""
         self._file.flush()

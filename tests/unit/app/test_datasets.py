@@ -49,8 +49,8 @@ class Content:
         self.closed = True
 
 
-def registry(folder: Path, checker: Any = None) -> Datasets:
-    return Datasets(DatasetStore(folder / "datasets"), checker or Content(), max_bytes=1000)
+def registry(folder: Path, checker: Any = None, *, max_bytes: int = 1000) -> Datasets:
+    return Datasets(DatasetStore(folder / "datasets"), checker or Content(), max_bytes=max_bytes)
 
 
 async def upload(datasets: Datasets, *chunks: bytes, name: str = "", sha256: str = "") -> tuple[Dataset, bool]:
@@ -105,6 +105,16 @@ def test_a_full_disk_is_told_and_leaves_nothing(call: str, tmp_path: Path, monke
         assert caught.value.reason_name == "DISK_FULL"
         assert content(tmp_path) == []
         assert (await upload(datasets, DATA))[1] is False  # there is room again
+
+    run(scenario)
+
+
+def test_a_disk_that_fails_behind_a_write_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async def scenario() -> None:
+        monkeypatch.setattr(os, "fdatasync", no_space)
+        with pytest.raises(ExhaustedError):
+            await upload(registry(tmp_path, max_bytes=1 << 30), *[b"x" * (1 << 20)] * 40)
+        assert content(tmp_path) == []
 
     run(scenario)
 
