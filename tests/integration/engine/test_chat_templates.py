@@ -288,9 +288,13 @@ def test_whatever_the_turns_say_the_answers_and_their_end_tokens_are_learnt(
     tokenizer = tokenizers[family]
     row = render(tokenizer, {"messages": [turn for pair in pairs for turn in pair]})
     learnt = [tokenizer.decode(row.input_ids[start:end]) for start, end in runs(row.carries_loss)]
-    # SmolLM2's vocabulary lacks some bytes, which it shows as another token.
-    expected = [
-        tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
-        for text in _answers_of(family, answers)
-    ]
-    assert "".join(learnt) == "".join(expected)
+    expected = [_as_tokens(tokenizer, text) for text in _answers_of(family, answers)]
+    # A vocabulary may have a token of the header's line break and white space after it; then that is learnt whole.
+    assert [
+        text if text in (want, "\n" + want) else want for text, want in zip(learnt, expected, strict=True)
+    ] == learnt
+
+
+def _as_tokens(tokenizer: Any, text: str) -> str:
+    """Text that went through the tokenizer: SmolLM2's vocabulary lacks some bytes."""
+    return str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]))
