@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import grpc
 
@@ -161,7 +162,8 @@ def download(
     """Emits progress and returns the files in the order of their names.
 
     After a lost connection it goes on where it stopped. Where the names are known (given, or told by an Artifact)
-    nothing is sent twice. Otherwise only the stream tells them: then files that are here are sent again and skipped.
+    nothing is sent twice. Otherwise only the stream tells them: then it is so for the first file, and others that are
+    here are sent again and skipped.
     """
     transfer = _Transfer(download_request(source), folder, retry)
     if not names and isinstance(source, artifact_pb2.Artifact):
@@ -187,17 +189,38 @@ class _Transfer:
         """Takes the one named file, or all when none is named, with as many streams as it needs."""
         whole = False
         while not whole:
-            offset: int = (yield Blocking(partial(self._folder.part_bytes, names[0]))) if names else 0
+            offset = 0
             try:
+                offset = yield from self._bytes_here(names)
                 whole = yield from self._read(names, offset)
             except errors.OutOfRange:
-                if not offset:
+                if not names or not offset:
                     raise
                 yield Blocking(partial(self._folder.drop_part, names[0]))  # that of another, longer file
             except errors.UnslothdError as error:
                 if not connection_lost(error):
                     raise
                 yield Sleep(self._retry.next_delay(error))
+
+    def _bytes_here(self, names: list[str]) -> Flow[Any, int]:
+        """Returns how many bytes of the first file need not be sent; where no name is known, its header is read."""
+        if names:
+            return (yield Blocking(partial(self._folder.part_bytes, names[0])))
+        yield OpenStream("DownloadArtifact", self._request)
+        first = yield Next()
+        yield CloseStream()
+        return 0 if first is None else (yield Blocking(partial(self._found, first.file)))
+
+    def _found(self, file: artifact_pb2.ArtifactFile) -> int:
+        if self._is_done(file):
+            return file.num_bytes
+        part_bytes = self._folder.part_bytes(file.name)
+        return part_bytes if part_bytes <= file.num_bytes else 0  # more are of another file
+
+    def _is_done(self, file: artifact_pb2.ArtifactFile) -> bool:
+        if file.name not in self.done and self._folder.holds(file):
+            self.done[file.name] = self._folder.path(file.name)
+        return file.name in self.done
 
     def _read(self, names: list[str], offset: int) -> Flow[DownloadProgress, bool]:
         """Takes from one stream what is not here yet; False when a file has to be taken again from its beginning."""
@@ -235,11 +258,7 @@ class _Transfer:
 
     def _begin(self, file: artifact_pb2.ArtifactFile, offset: int) -> Part | None:
         """Returns where the bytes of a file go, or None when all of it is here."""
-        if file.name not in self.done:
-            if not self._folder.holds(file):
-                return self._folder.open_part(file, offset)
-            self.done[file.name] = self._folder.path(file.name)
-        return None
+        return None if self._is_done(file) else self._folder.open_part(file, offset)
 
     def _finish(self, part: Part) -> bool:
         name = part.progress.name

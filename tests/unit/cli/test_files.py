@@ -61,17 +61,17 @@ def test_an_unknown_form_is_wrong_usage(cli):
 
 
 def test_a_download_goes_into_a_folder_named_by_the_id(server, say, cli, here):
-    server.script.on("DownloadArtifact", sending(say), sending(say), sending(say))
+    server.script.on("DownloadArtifact", *[sending(say) for _ in range(5)])
     assert cli("download", "a1").stdout == "a1/model.bin\n"
     assert (here / "a1/model.bin").read_bytes() == CONTENT
     assert cli("download", say.TRAINING, "--step", "40").stdout == f"{say.TRAINING}-checkpoint-40/model.bin\n"
     shown = cli("download", "a1", "model.bin", "--to", "there", "--json")
     assert json.loads(shown.stdout) == {"path": "there/model.bin", "num_bytes": 7}
-    assert server.script.calls("DownloadArtifact")[2].names == ["model.bin"]
+    assert server.script.calls("DownloadArtifact")[-1].names == ["model.bin"]
 
 
 def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(server, say):
-    server.script.on("DownloadArtifact", sending(say))
+    server.script.on("DownloadArtifact", sending(say), sending(say))
     code, shown = Terminal("download", "a1", "--target", server.target).wait()
     assert code == 0
     assert "7/7 bytes" in shown
@@ -106,7 +106,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(server, say, method, argument
 def test_another_file_of_the_same_name_is_said_and_kept(server, say, cli, here):
     (here / "a1").mkdir()
     (here / "a1/model.bin").write_bytes(b"mine")
-    server.script.on("DownloadArtifact", sending(say), sending(say))
+    server.script.on("DownloadArtifact", *[sending(say) for _ in range(3)])
     shown = cli("download", "a1")
     assert shown.exit_code == 1
     assert "a1/model.bin: another file of this name is here" in shown.stderr
@@ -115,7 +115,7 @@ def test_another_file_of_the_same_name_is_said_and_kept(server, say, cli, here):
 
 
 def test_damaged_bytes_exit_with_1(server, say, cli):
-    server.script.on("DownloadArtifact", sending(say, b"WEIGHTS"))
+    server.script.on("DownloadArtifact", sending(say, b"WEIGHTS"), sending(say, b"WEIGHTS"))
     shown = cli("download", "a1")
     assert shown.exit_code == 1
     assert "DATA_LOSS: model.bin arrived with another sha256" in shown.stderr

@@ -97,9 +97,22 @@ def test_a_broken_download_goes_on_with_the_bytes_that_are_missing(server, tmp_p
 
 
 def test_a_broken_download_of_files_that_are_not_known_by_name_skips_what_is_here(server, tmp_path, download):
-    server.script.on("DownloadArtifact", *[serving(FILES, breaks_after=4000)] * 2, serving(FILES))
+    server.script.on(
+        "DownloadArtifact", *[serving(FILES), serving(FILES, breaks_after=4000)] * 2, *[serving(FILES)] * 2
+    )
     download(server.target, "a1", tmp_path)
     assert contents(tmp_path) == FILES
+
+
+def test_a_single_large_file_whose_name_is_not_known_goes_on_where_it_stopped(server, tmp_path, download):
+    files = {"model.gguf": bytes(range(256)) * 40}
+    server.script.on(
+        "DownloadArtifact", *[serving(files), serving(files, breaks_after=4000)] * 2, *[serving(files)] * 4
+    )
+    for _ in range(2):
+        download(server.target, "a1", tmp_path)
+        assert contents(tmp_path) == files
+    assert [each.offset for each in server.script.calls("DownloadArtifact")] == [0, 0, 0, 4000, 0, 8000, 0, 10240]
 
 
 def test_a_later_call_goes_on_where_an_earlier_one_stopped(server, say, tmp_path):
@@ -120,7 +133,7 @@ def test_a_later_call_goes_on_where_an_earlier_one_stopped(server, say, tmp_path
 
 
 def test_what_is_here_is_not_written_again(server, tmp_path):
-    server.script.on("DownloadArtifact", *[serving(FILES)] * 2)
+    server.script.on("DownloadArtifact", *[serving(FILES)] * 4)
     download_sync(server.target, "a1", tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert len(download_sync(server.target, "a1", tmp_path)) == 3
@@ -148,7 +161,7 @@ def test_bytes_with_another_hash_are_not_kept(server, say, tmp_path, download):
         service_pb2.DownloadArtifactResponse(file=file),
         service_pb2.DownloadArtifactResponse(chunk=b"wrong"),
     ]
-    server.script.on("DownloadArtifact", say.messages(*responses))
+    server.script.on("DownloadArtifact", *[say.messages(*responses)] * 2)
     with pytest.raises(errors.UnslothdError, match="another sha256") as caught:
         download(server.target, "a1", tmp_path)
     assert caught.value.code is grpc.StatusCode.DATA_LOSS
@@ -157,7 +170,7 @@ def test_bytes_with_another_hash_are_not_kept(server, say, tmp_path, download):
 
 def test_a_file_of_the_same_name_is_kept_unless_overwriting_is_allowed(server, tmp_path):
     (tmp_path / "adapter_config.json").write_text("mine")
-    server.script.on("DownloadArtifact", *[serving(FILES)] * 2)
+    server.script.on("DownloadArtifact", *[serving(FILES)] * 3)
     with pytest.raises(FileExistsError, match="another file of this name"):
         download_sync(server.target, "a1", tmp_path)
     assert contents(tmp_path) == {"adapter_config.json": b"mine"}
@@ -191,7 +204,7 @@ def test_an_unfinished_file_that_is_a_link_is_not_written_through(server, tmp_pa
     outside.write_text("mine")
     folder.mkdir()
     (folder / "x.part").symlink_to(outside)
-    server.script.on("DownloadArtifact", serving({"x": b"evil"}))
+    server.script.on("DownloadArtifact", *[serving({"x": b"evil"})] * 2)
     with pytest.raises(OSError, match=r"x\.part"):
         download_sync(server.target, "a1", folder)
     assert outside.read_text() == "mine"
