@@ -77,6 +77,10 @@ def serve_command(
             "the next server on this home goes on with them. (default pause)",
         ),
     ] = None,
+    stall_seconds: Annotated[
+        float | None,
+        typer.Option(help="A training that does nothing for so long has hung, and gets another worker. (default 1800)"),
+    ] = None,
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Run code that model repositories bring along.")
     ] = None,
@@ -99,6 +103,7 @@ def serve_command(
             model_roots=tuple(model_root) if model_root else None,
             allow_insecure_listen=allow_insecure_listen,
             on_shutdown=on_shutdown,
+            stall_seconds=stall_seconds,
             trust_remote_code=trust_remote_code,
             max_loaded_models=max_loaded_models,
         )
@@ -170,6 +175,7 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
         datasets.rows_of,
         max_queued=settings.max_queued_trainings,
         heartbeat_seconds=settings.heartbeat_seconds,
+        stall_seconds=settings.stall_seconds,
     )
     trainings.read_all()
     await models.recover(launcher.attach_living())

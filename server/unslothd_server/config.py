@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     max_dataset_bytes: int = Field(default=50 * GIB, ge=MIB)
     max_loaded_models: int = Field(default=8, ge=1, le=1000)
     max_queued_trainings: int = Field(default=100, ge=1, le=100_000)
+    stall_seconds: float = Field(
+        default=1800.0, ge=1, description="A training that does nothing for so long has hung, and gets another worker."
+    )
     heartbeat_seconds: float = Field(default=5.0, gt=0, le=60)
 
     @model_validator(mode="after")

@@ -46,6 +46,7 @@ class UnslothdError(Exception):
         message: For people: what happened and what to do next.
         metadata: Figures for programs, e.g. {"needed_bytes": "123"}; becomes ErrorInfo.metadata.
         violations: Wrong fields, all of them; becomes BadRequest.
+        retry_seconds: When the same call may succeed; becomes RetryInfo. 0 = nobody knows.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class UnslothdError(Exception):
         *,
         metadata: Mapping[str, str] | None = None,
         violations: Sequence[FieldViolation] = (),
+        retry_seconds: float = 0.0,
     ) -> None:
         super().__init__(message)
+        self.retry_seconds = retry_seconds
         self.reason = reason
         self.message = message
         self.metadata = dict(metadata or {})

@@ -39,6 +39,10 @@ def to_status(error: errors.UnslothdError) -> status_pb2.Status:
             for each in error.violations
         ]
         details.append(_packed(error_details_pb2.BadRequest(field_violations=violations)))
+    if error.retry_seconds:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_seconds * 1e9))
+        details.append(_packed(retry))
     return status_pb2.Status(code=CODES[type(error)], message=error.message, details=details)
 
 
@@ -46,10 +50,12 @@ def from_status(status: status_pb2.Status) -> errors.UnslothdError | None:
     """Returns the error that `to_status` made the status of, or None when it was not made by us."""
     info = error_details_pb2.ErrorInfo()
     bad_request = error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
     found = False
     for detail in status.details:
         found = (detail.Unpack(info)) or found
         detail.Unpack(bad_request)  # leaves it empty when the detail is something else
+        detail.Unpack(retry)
     name = f"ERROR_REASON_{info.reason}"
     if not found or info.domain != DOMAIN or name not in ErrorReason.keys():  # noqa: SIM118 - an enum wrapper
         return None
@@ -57,12 +63,17 @@ def from_status(status: status_pb2.Status) -> errors.UnslothdError | None:
     violations = [errors.FieldViolation(each.field, each.description) for each in bad_request.field_violations]
     error = kind.__new__(kind)
     errors.UnslothdError.__init__(
-        error, ErrorReason.Value(name), status.message, metadata=dict(info.metadata), violations=violations
+        error,
+        ErrorReason.Value(name),
+        status.message,
+        metadata=dict(info.metadata),
+        violations=violations,
+        retry_seconds=retry.retry_delay.ToNanoseconds() / 1e9,
     )
     return error
 
 
-def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> Any:
+def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> Any:
     packed = Any()
     packed.Pack(message)
     return packed

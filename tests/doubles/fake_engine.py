@@ -296,6 +296,8 @@ def _misbehave(how: str) -> None:
         signal.pause()
     elif how.startswith("exit:"):
         os._exit(int(how.removeprefix("exit:")))
+    elif how == "hang":
+        Event().wait()
     elif how == "sys.exit":
         sys.exit(7)
     elif how == "raise":

@@ -32,7 +32,7 @@ Knobs of a training, in the first row of its dataset (a JSONL file), e.g. {"text
     fork            N forked children that never end by themselves, before the first step
 
 Misbehaviour: "SIGKILL", "SIGSEGV", … (a signal to itself), "exit:7" (exit code), "raise" (an unexpected exception),
-"sys.exit", "out_of_memory" and "disk_full" (typed errors). It prints one line to the log first.
+"sys.exit", "hang" (for ever), "out_of_memory" and "disk_full" (typed errors). It prints one line to the log first.
 
 An empty dataset file is DATASET_EMPTY, a missing one DATASET_NOT_FOUND.
 """

@@ -11,7 +11,7 @@ from unslothd.v1.training_event_pb2 import Heartbeat, TrainingEvent
 from unslothd.v1.training_pb2 import Training
 from unslothd_server.app.broadcast import WakeUp
 from unslothd_server.app.training_state import is_final, now
-from unslothd_server.errors import OutOfRangeError, UnslothdError
+from unslothd_server.errors import OutOfRangeError, UnavailableError
 from unslothd_server.event_log import EventLogReader
 
 # Frames kept in memory for a training that runs; a watcher that is further behind reads the file.
@@ -33,7 +33,7 @@ class EventFeed:
         self._reader = EventLogReader(log)
         self._recent: deque[bytes] = deque(maxlen=_FRAMES_IN_MEMORY)
         self._changed = WakeUp()
-        self._interruption: UnslothdError | None = None
+        self._interruption: UnavailableError | None = None
 
     def publish(self, event: TrainingEvent) -> None:
         """Shows watchers the next event; it is in the log and applied to the training already."""
@@ -42,8 +42,8 @@ class EventFeed:
             self._recent.clear()  # what is over is read from the file
         self._changed.notify()
 
-    def interrupt(self, error: UnslothdError) -> None:
-        """Ends every watch with an error, e.g. because the server is stopping."""
+    def interrupt(self, error: UnavailableError) -> None:
+        """Ends every watch with an error, e.g. because the server is stopping; it tells where to go on."""
         self._interruption = error
         self._changed.notify()
 
@@ -75,7 +75,7 @@ class EventFeed:
             if is_final(self._training):
                 return
             if self._interruption is not None:
-                raise self._interruption
+                raise _at(position, self._interruption)
             if not await self._changed.wait(heartbeat_seconds):
                 yield self._heartbeat()
 
@@ -94,3 +94,9 @@ class EventFeed:
             training_id=self._training.training_id, event_time=now(), heartbeat=Heartbeat(state=self._training.state)
         )
         return WatchTrainingResponse(event=event).SerializeToString()
+
+
+def _at(position: int, error: UnavailableError) -> UnavailableError:
+    return UnavailableError(
+        error.reason, error.message, metadata={"last_sequence": str(position)}, retry_seconds=error.retry_seconds
+    )

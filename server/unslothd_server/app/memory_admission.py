@@ -40,6 +40,11 @@ class MemoryAdmission:
             )
         self._reserved[model_id] = (device.device, needed)
 
+    def could_ever_fit(self, source: ModelSource, request: LoadModelRequest) -> bool:
+        """True when the model is not larger than its whole device."""
+        device = self._device(request.device_map or "auto")
+        return self._needed(source, request, device) <= device.total_memory_bytes
+
     def release(self, model_id: str) -> None:
         """The load is over: what it took shows on the device now."""
         self._reserved.pop(model_id, None)

@@ -10,7 +10,10 @@ from unslothd_server.app.model_store import ModelStore
 from unslothd_server.app.ports import Worker, WorkerLauncher
 from unslothd_server.app.training_state import now
 from unslothd_server.app.worker_exit import worker_died
-from unslothd_server.errors import PreconditionError
+from unslothd_server.errors import ExhaustedError, PreconditionError
+
+# Memory also comes back from processes that are not ours, so nobody tells us.
+_LOOK_FOR_MEMORY_SECONDS = 1.0
 
 
 class ModelWorkers:
@@ -47,10 +50,7 @@ class ModelWorkers:
         try:
             await self._make(entry, token)
         except asyncio.CancelledError:  # by `unload` or `close`, which wait for this to end
-            error = PreconditionError(
-                ErrorReason.ERROR_REASON_MODEL_NOT_READY,
-                f'Model "{entry.model_id}" was unloaded while it loaded. Load it again if that was not meant.',
-            )
+            error = _unloaded_meanwhile(entry.model_id)
         except Exception as caught:  # noqa: BLE001 - whatever it is, whoever waits for the model gets it
             error = caught
         finally:
@@ -61,6 +61,36 @@ class ModelWorkers:
             entry.model.state = Model.STATE_FAILED
             entry.failure = _as_failure(entry.model_id, error)
         return error
+
+    def wait_then_bring_up(
+        self, entry: LoadedModel, refused: ExhaustedError, *, token: str
+    ) -> "asyncio.Task[Exception | None]":
+        """As `bring_up`, once the model fits; `refused` says how far it is from that now."""
+        entry.model.state = Model.STATE_LOADING
+        task = asyncio.create_task(self._wait(entry, refused, token), name=f"wait for memory for {entry.model_id}")
+        entry.bringing_up = task
+        return task
+
+    async def _wait(self, entry: LoadedModel, refused: ExhaustedError, token: str) -> Exception | None:
+        told = ""
+        while True:
+            needed, free = refused.metadata["needed_bytes"], refused.metadata["free_bytes"]
+            if free != told:
+                told = free
+                waiting = LoadProgress(phase=LoadProgress.PHASE_WAITING_FOR_MEMORY, model_id=entry.model_id)
+                waiting.done, waiting.total = int(free), int(needed)
+                entry.progress.append(waiting)
+            try:
+                await asyncio.sleep(_LOOK_FOR_MEMORY_SECONDS)
+                self._admission.reserve(entry.model_id, entry.stored.model_source, entry.stored.request)
+            except ExhaustedError as error:
+                refused = error
+            except asyncio.CancelledError:
+                entry.bringing_up = None
+                entry.model.state = Model.STATE_FAILED
+                return _unloaded_meanwhile(entry.model_id)
+            else:
+                return await self._bring_up(entry, token)
 
     async def _make(self, entry: LoadedModel, token: str) -> None:
         stored = entry.stored
@@ -114,6 +144,13 @@ class ModelWorkers:
             entry.failure = worker_died(entry.model_id, how)
             entry.model.state = Model.STATE_FAILED
             entry.model.memory_bytes = 0
+
+
+def _unloaded_meanwhile(model_id: str) -> PreconditionError:
+    return PreconditionError(
+        ErrorReason.ERROR_REASON_MODEL_NOT_READY,
+        f'Model "{model_id}" was unloaded while it loaded. Load it again if that was not meant.',
+    )
 
 
 def _as_failure(model_id: str, error: Exception) -> PreconditionError:

@@ -37,6 +37,8 @@ from unslothd_server.errors import (
 log = structlog.get_logger()
 
 DEFAULT_MAX_SEQ_LENGTH = 2048
+# A server that is started anew serves after about a second; a host needs longer, and clients try again anyway.
+RETRY_AFTER_STOP_SECONDS = 5.0
 # A worker says what memory it holds within milliseconds, or later while it imports or trains; readers do not wait.
 _STATUS_SECONDS = 2.0
 
@@ -217,8 +219,15 @@ class Models:
             )
 
     def _load(self, entry: LoadedModel, *, token: str, keep_failed: bool) -> "asyncio.Task[None]":
-        """Begins to load; raises INSUFFICIENT_MEMORY before anything is begun."""
-        bringing_up = self._workers.bring_up(entry, token=token)
+        """Begins to load; raises INSUFFICIENT_MEMORY before anything is begun, unless the caller wants to wait."""
+        stored = entry.stored
+        try:
+            bringing_up = self._workers.bring_up(entry, token=token)
+        except ExhaustedError as refused:
+            waits = stored.request.wait_for_memory or keep_failed
+            if not waits or not self.admission.could_ever_fit(stored.model_source, stored.request):
+                raise
+            bringing_up = self._workers.wait_then_bring_up(entry, refused, token=token)
 
         async def see_end() -> None:
             error = await bringing_up
@@ -332,8 +341,9 @@ class Models:
 
     def start_from(self, entry: LoadedModel, folder: Path) -> None:
         """A worker that takes the place of this model's starts from these weights: the results of a training."""
-        if entry.stored.prepare is not None:
-            entry.stored.prepare.weights_from = str(folder)
+        prepare = entry.stored.prepare
+        if prepare is not None and prepare.weights_from != str(folder):
+            prepare.weights_from = str(folder)
             self._store.save(entry.stored)
 
     def found_or_restored(self, stored: StoredModel) -> LoadedModel:
@@ -421,7 +431,9 @@ class Models:
 def stopping() -> UnavailableError:
     """The error of a call that comes while the server stops."""
     return UnavailableError(
-        ErrorReason.ERROR_REASON_SERVER_STOPPING, "The server is stopping; call again once it is back."
+        ErrorReason.ERROR_REASON_SERVER_STOPPING,
+        "The server is stopping; call again once it is back.",
+        retry_seconds=RETRY_AFTER_STOP_SECONDS,
     )
 
 

@@ -10,7 +10,7 @@ from unslothd.v1.service_pb2 import GetServerInfoResponse
 from unslothd_server.app.datasets import Datasets
 from unslothd_server.app.downloads import Downloads
 from unslothd_server.app.exports import Exports
-from unslothd_server.app.models import Models
+from unslothd_server.app.models import RETRY_AFTER_STOP_SECONDS, Models
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.errors import PreconditionError, UnavailableError
 
@@ -100,6 +100,7 @@ class Service:
             UnavailableError(
                 ErrorReason.ERROR_REASON_SERVER_STOPPING,
                 "The server is stopping. Once it is back, WatchTraining after your last sequence shows the rest.",
+                retry_seconds=RETRY_AFTER_STOP_SECONDS,
             )
         )
         if not leave_running:

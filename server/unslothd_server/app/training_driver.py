@@ -1,5 +1,7 @@
 """Takes one training to its end: hands it to the model's worker, follows it, and goes on where a worker died."""
 
+import asyncio
+import contextlib
 from pathlib import Path
 
 import structlog
@@ -27,6 +29,7 @@ log = structlog.get_logger()
 
 # A training that dies this often without having got further is FAILED.
 MAX_RECOVERIES_WITHOUT_PROGRESS = 3
+_LOOKS_A_STALL = 4  # so that a hang is noticed after at most a quarter more
 # The worker is gone or deaf: another one may do better. Every other error is the training's own.
 _RECOVERABLE = frozenset({ErrorReason.ERROR_REASON_WORKER_DIED, ErrorReason.ERROR_REASON_WORKER_UNRESPONSIVE})
 
@@ -36,10 +39,12 @@ class TrainingDriver:
 
     Args:
         models: Where workers come from.
+        stall_seconds: A training that does nothing for so long has hung.
     """
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, *, stall_seconds: float) -> None:
         self._models = models
+        self._stall_seconds = stall_seconds
 
     async def drive(self, entry: LoadedModel, run: TrainingRun) -> None:
         """Returns once the training is over or paused; raises nothing but a cancellation, which leaves it running."""
@@ -55,9 +60,7 @@ class TrainingDriver:
                     await self._after(error, entry, run)
         finally:
             run.worker = None
-            entry.model.active_training_id = ""
-            if entry.model.state == Model.STATE_TRAINING:
-                entry.model.state = Model.STATE_PREPARED
+            _free(entry)
         await self._leave(entry, run)
 
     async def _attempt(self, entry: LoadedModel, run: TrainingRun) -> None:
@@ -75,10 +78,51 @@ class TrainingDriver:
             await worker.start_training(run.stored.assignment)
         run.worker = worker
         await tell(run)
-        async for event in worker.watch(run.training_id, run.training.last_sequence):
-            run.take(event)
+        await self._follow(entry, worker, run)
         run.worker = None
         run.save()
+
+    async def _follow(self, entry: LoadedModel, worker: Worker, run: TrainingRun) -> None:
+        """Takes the events as they come, up to the last one.
+
+        Raises:
+            AbortedError: The training has done nothing for too long (WORKER_UNRESPONSIVE), or the worker died.
+        """
+        stalled = asyncio.create_task(self._stall(worker, run), name=f"stall of {run.training_id}")
+        following = asyncio.create_task(self._take_events(entry, worker, run), name=f"events of {run.training_id}")
+        try:
+            await asyncio.wait([stalled, following], return_when=asyncio.FIRST_COMPLETED)
+            await (following if following.done() else stalled)
+        finally:
+            for task in (stalled, following):
+                task.cancel()
+            await asyncio.gather(stalled, following, return_exceptions=True)
+
+    async def _take_events(self, entry: LoadedModel, worker: Worker, run: TrainingRun) -> None:
+        async for event in worker.watch(run.training_id, run.training.last_sequence):
+            run.take(event)
+            if is_final(run.training):
+                # Before a watcher gets to see the end: whoever does finds the model ready, with what it learnt.
+                _free(entry)
+                remember_weights(self._models, entry, run)
+
+    async def _stall(self, worker: Worker, run: TrainingRun) -> None:
+        """Raises once the training has done nothing, and its worker has told nothing else, for too long."""
+        loop = asyncio.get_running_loop()
+        heard = loop.time()
+        while True:
+            await asyncio.sleep(self._stall_seconds / _LOOKS_A_STALL)
+            with contextlib.suppress(UnslothdError):  # a worker that does not answer may be deep in a kernel
+                status = await worker.status()
+                heard = loop.time() - (status.seconds_since_progress if status.training_active else 0.0)
+            if loop.time() - heard > self._stall_seconds:
+                raise AbortedError(
+                    ErrorReason.ERROR_REASON_WORKER_UNRESPONSIVE,
+                    f"The training did nothing for {self._stall_seconds:g} s after step {run.training.step}, so its "
+                    "worker was ended. If a step or an evaluation batch really takes that long, raise the server's "
+                    "--stall-seconds.",
+                    metadata={"model_id": worker.model_id},
+                )
 
     def _stopped_before_start(self, run: TrainingRun) -> bool:
         """Carries out a wish while no worker has the training. True when there is nothing left to do."""
@@ -158,6 +202,13 @@ class TrainingDriver:
             await self._models.suspend(entry)
         elif is_final(run.training):
             remember_weights(self._models, entry, run)
+
+
+def _free(entry: LoadedModel) -> None:
+    """No training runs on the model any more."""
+    entry.model.active_training_id = ""
+    if entry.model.state == Model.STATE_TRAINING:
+        entry.model.state = Model.STATE_PREPARED
 
 
 def remember_weights(models: Models, entry: LoadedModel, run: TrainingRun) -> None:

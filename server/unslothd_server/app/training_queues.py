@@ -20,11 +20,12 @@ class TrainingQueues:
 
     Args:
         models: The models.
+        stall_seconds: A training that does nothing for so long has hung.
     """
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, *, stall_seconds: float) -> None:
         self._models = models
-        self._driver = TrainingDriver(models)
+        self._driver = TrainingDriver(models, stall_seconds=stall_seconds)
         self._queues: dict[str, list[TrainingRun]] = {}
         self._runners: dict[str, asyncio.Task[None]] = {}
 

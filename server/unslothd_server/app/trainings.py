@@ -52,6 +52,7 @@ class Trainings:
         stored_rows: Finds uploaded datasets.
         max_queued: Most trainings that wait on one model.
         heartbeat_seconds: Silence after which a watcher gets a heartbeat.
+        stall_seconds: A training that does nothing for so long has hung, and gets another worker.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Trainings:
         *,
         max_queued: int,
         heartbeat_seconds: float,
+        stall_seconds: float,
     ) -> None:
         self._store = store
         self._models = models
@@ -71,7 +73,7 @@ class Trainings:
         self._max_queued = max_queued
         self._heartbeat_seconds = heartbeat_seconds
         self._runs: dict[str, TrainingRun] = {}
-        self._queues = TrainingQueues(models)
+        self._queues = TrainingQueues(models, stall_seconds=stall_seconds)
         self._requests = SeenRequests[TrainingRun]()
         self._closing: UnslothdError | None = None
 

@@ -61,6 +61,7 @@ class ModelHolder:
             status.training_active = not latest.is_over
             status.training_id = latest.request.training_id
             status.last_sequence = latest.last_sequence
+            status.seconds_since_progress = latest.seconds_since_progress
         return status
 
     def active_run(self) -> TrainingRun | None:

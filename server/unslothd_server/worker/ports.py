@@ -1,7 +1,8 @@
 """What the worker needs of an engine: the seam between a process that obeys and the code that trains."""
 
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event
 from typing import Protocol
 
@@ -35,6 +36,15 @@ class StopSignal:
     requested: Event
     save_checkpoint: bool = False
     pause: bool = False
+    _last_beat: float = field(default_factory=time.monotonic)
+
+    def beat(self) -> None:
+        """Says that the training is alive: at every row that is read, every pass and every eval batch. Cheap."""
+        self._last_beat = time.monotonic()
+
+    def seconds_since_beat(self) -> float:
+        """Seconds since the last sign of life."""
+        return time.monotonic() - self._last_beat
 
     @property
     def keeps_checkpoint(self) -> bool:

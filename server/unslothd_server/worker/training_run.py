@@ -63,6 +63,7 @@ class TrainingRun:
 
     def execute(self, engine: Engine) -> None:
         """Runs the training to its last event. Raises nothing. For the main thread."""
+        self.stop.beat()  # it may have waited for the main thread
         try:
             last = self._outcome(engine)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary: the error becomes the last event
@@ -76,6 +77,11 @@ class TrainingRun:
             self._writer.close()
             self._over = True
             self._changed.notify_all()
+
+    @property
+    def seconds_since_progress(self) -> float:
+        """Seconds since it last did anything."""
+        return self.stop.seconds_since_beat()
 
     def cancel(self, *, save_checkpoint: bool) -> None:
         """Asks for a stop at the next step boundary."""
@@ -143,6 +149,7 @@ class TrainingRun:
         self._append(event, fsync=event.HasField("checkpoint_saved"))
 
     def _append(self, event: TrainingEvent, *, fsync: bool = False) -> None:
+        self.stop.beat()
         with self._changed:
             numbered = TrainingEvent()
             numbered.CopyFrom(event)

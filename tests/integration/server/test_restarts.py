@@ -146,6 +146,22 @@ def test_a_worker_that_is_killed_in_a_training_is_replaced_and_the_log_says_so(s
     assert [(each.resumed, each.first_step) for each in started] == [(False, 1), (True, 4)]
 
 
+def test_a_training_that_hangs_gets_another_worker(tmp_path: Path):
+    with Scene(tmp_path, "--stall-seconds", "2") as scene:
+        events = list(scene.train(steps=3, die_at_step=2, die="hang", die_once=str(tmp_path / "hung")))
+        assert steps(events) == [1, 2, 3]
+        (recovery,) = [event.recovery for event in events if event.HasField("recovery")]
+        assert "did nothing for 2 s after step 1" in recovery.cause.message
+        assert events[-1].HasField("succeeded")
+
+
+def test_a_training_that_is_only_slow_is_left_alone(tmp_path: Path):
+    with Scene(tmp_path, "--stall-seconds", "2") as scene:
+        events = list(scene.train(steps=5, step_seconds=1))
+        assert not [event for event in events if event.HasField("recovery")]
+        assert events[-1].HasField("succeeded")
+
+
 def test_trainings_that_waited_keep_their_order_over_a_restart(scene: Scene, gate: StepGate):
     running = until_step(scene.train(steps=2, gate=_opened(gate, 1)), 1)
     waiting = [next(scene.train(steps=1)).training_id for _ in range(3)]

@@ -50,7 +50,9 @@ class OneModel:
 
 def trainings(folder: Path, models: OneModel) -> Trainings:
     store = TrainingStore(folder / "trainings", folder / "output")
-    return Trainings(store, cast("Models", models), AllowedRoots([]), Path, max_queued=5, heartbeat_seconds=60)
+    return Trainings(
+        store, cast("Models", models), AllowedRoots([]), Path, max_queued=5, heartbeat_seconds=60, stall_seconds=60
+    )
 
 
 async def last_event(frames: AsyncIterator[bytes]) -> Any:
