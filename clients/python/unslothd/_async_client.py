@@ -85,13 +85,14 @@ class AsyncClient(_base.BaseClient):
         """Loads a model into a worker of its own and waits until it is ready.
 
         Args:
-            model_name: Hub id, folder or "*.gguf" file on the server, a saved adapter, or "training:<training_id>".
+            model_name: Hub id, folder or "*.gguf" file on the server, a saved adapter, "training:<training_id>", or
+                "training:<training_id>/checkpoint-<step>".
             request_id: A call with an id that was used before attaches to that load; default: a new one.
             on_progress: Called with each step of the load.
             **options: max_seq_length (tokens, default 2048), load_in_4bit (default: true where the device can),
                 token (Hugging Face; never stored or logged), device_map ("auto", "cpu", "cuda" or "cuda:N"), dtype
                 ("bfloat16", "float16" or "float32"), revision (branch, tag or commit), full_finetuning (train all
-                weights instead of an adapter).
+                weights instead of an adapter), wait_for_memory (instead of being refused while the device is full).
 
         Raises:
             NotFound: No such model. PermissionDenied, FailedPrecondition, ResourceExhausted: see `reason`.

@@ -49,6 +49,7 @@ class LoadOptions(TypedDict, total=False):
     dtype: str
     revision: str
     full_finetuning: bool
+    wait_for_memory: bool
 
 
 class LoraOptions(TypedDict, total=False):

@@ -38,6 +38,10 @@ def test_the_commands_are_these():
     assert sorted(" ".join(path) for path in commands()) == [
         "cancel",
         "chat",
+        "datasets delete",
+        "datasets get",
+        "datasets list",
+        "datasets upload",
         "download",
         "export",
         "generate",
@@ -126,6 +130,16 @@ def test_a_model_is_loaded_with_the_given_options(server, say, cli):
     assert (request.model_name, request.max_seq_length, request.load_in_4bit) == ("tiny", 64, False)
     assert request.HasField("load_in_4bit")
     assert not request.HasField("dtype")
+
+
+def test_a_load_that_waits_for_memory_says_for_how_much(server, say, cli):
+    phase = model_pb2.LoadProgress.PHASE_WAITING_FOR_MEMORY
+    progress = model_pb2.LoadProgress(phase=phase, done=2 * 2**30, total=6 * 2**30)
+    messages = [service_pb2.LoadModelResponse(progress=progress), service_pb2.LoadModelResponse(model=READY)]
+    server.script.on("LoadModel", say.messages(*messages))
+    done = cli("models", "load", "training:t/checkpoint-40", "--wait-for-memory")
+    assert "waiting for memory: 6.0 GiB needed, 2.0 GiB free" in done.stderr
+    assert server.script.calls("LoadModel")[0].wait_for_memory
 
 
 def test_a_model_is_prepared_with_adapter_and_config(server, say, cli):

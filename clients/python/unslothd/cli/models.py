@@ -63,7 +63,11 @@ def _table(models: list[unslothd.Model]) -> Table:
 @options.takes("load_options", options.LoadOptions)
 def load(
     model_name: Annotated[
-        str, typer.Argument(help="Hub id, folder or .gguf file on the server, saved adapter, or training:ID.")
+        str,
+        typer.Argument(
+            help="Hub id, folder or .gguf file on the server, saved adapter, training:ID, "
+            "or training:ID/checkpoint-STEP."
+        ),
     ],
     target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,

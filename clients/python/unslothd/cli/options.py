@@ -109,6 +109,9 @@ class LoadOptions:
     dtype: Annotated[str | None, _load("bfloat16, float16 or float32. (default bfloat16 where supported)", "DTYPE")]
     revision: Annotated[str | None, _load("Branch, tag or commit of a Hub repository. (default main)")]
     full_finetuning: Annotated[bool | None, _load("Train all weights instead of an adapter. (default off)")]
+    wait_for_memory: Annotated[
+        bool | None, _load("Wait until a device that is too full has room, instead of being refused. (default off)")
+    ]
 
 
 def takes(parameter: str, declared: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -10,6 +10,7 @@ from unslothd.v1 import artifact_pb2, dataset_pb2, model_pb2, training_event_pb2
 _KIBI = 1024
 _BARS = "▁▂▃▄▅▆▇█"
 _PHASES = {
+    model_pb2.LoadProgress.PHASE_WAITING_FOR_MEMORY: "waiting for memory",
     model_pb2.LoadProgress.PHASE_STARTING_WORKER: "starting the worker",
     model_pb2.LoadProgress.PHASE_DOWNLOADING: "downloading",
     model_pb2.LoadProgress.PHASE_LOADING_WEIGHTS: "loading the weights",
@@ -77,6 +78,8 @@ def export_format(format: "artifact_pb2.ExportFormat.ValueType") -> str:
 def load_progress(model_name: str, progress: model_pb2.LoadProgress) -> str:
     """Returns what a load is doing."""
     text = f"{model_name}: {_PHASES.get(progress.phase, 'loading')}"
+    if progress.phase == model_pb2.LoadProgress.PHASE_WAITING_FOR_MEMORY and progress.total:
+        text += f": {size(progress.total)} needed, {size(progress.done)} free"
     if progress.phase == model_pb2.LoadProgress.PHASE_DOWNLOADING and progress.done:
         text += f" {size(progress.done)}" + (f" of {size(progress.total)}" if progress.total else "")
     return text
