@@ -111,6 +111,15 @@ def test_a_model_that_was_trained_here_is_exported_beside_its_results(server: Ru
     assert Path(artifact.path) == server.output_root / "beside" / "exports" / "adapter"
 
 
+def test_whoever_sees_the_end_of_a_training_can_export_at_once(stub: UnslothServiceStub, model_id: str):
+    for _ in range(5):
+        *_, last = train(stub, model_id, inline([fake_row(steps=1)]))
+        assert last.HasField("succeeded")
+        training = stub.GetTraining(pb.GetTrainingRequest(training_id=last.training_id), timeout=CALL_SECONDS).training
+        artifact = export(stub, "ADAPTER", model_id=model_id)
+        assert Path(artifact.path) == Path(training.output_dir).parent / "exports" / "adapter"
+
+
 def test_a_chosen_folder_is_taken_once(server: RunningServer, stub: UnslothServiceStub, model_id: str):
     artifact = export(stub, model_id=model_id, output_dir="chosen/by-me")
     assert Path(artifact.path) == server.output_root / "chosen" / "by-me"
