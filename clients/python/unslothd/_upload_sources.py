@@ -18,6 +18,8 @@ from unslothd.v1 import dataset_pb2
 BLOCK_BYTES = 1024 * 1024  # the largest chunk of the contract
 # What the server validates at a time; small enough to keep both sides at work.
 _BATCH_BYTES = 4 * BLOCK_BYTES
+# Parts below this are joined: a message for each would cost more than the copy.
+_SMALL_BYTES = 64 * 1024
 _DATASET_ROWS = 1000
 
 Block: TypeAlias = "bytes | bytearray | memoryview[int]"
@@ -194,21 +196,16 @@ class _Sink:
 
 
 def _repacked(parts: Iterable[Any]) -> Iterator[Block]:
-    """Yields blocks of 1 MiB: small parts joined, large ones as views."""
+    """Yields blocks of at most 1 MiB: small parts joined, large ones as views."""
     waiting = bytearray()
     for part in parts:
         view = memoryview(part).cast("B")
-        if waiting:
-            taken = view[: BLOCK_BYTES - len(waiting)]
-            waiting += taken
-            view = view[len(taken) :]
-            if len(waiting) < BLOCK_BYTES:
-                continue
+        if len(view) < _SMALL_BYTES:
+            waiting += view
+        if waiting and (len(view) >= _SMALL_BYTES or len(waiting) + _SMALL_BYTES > BLOCK_BYTES):
             yield waiting
             waiting = bytearray()
-        while len(view) >= BLOCK_BYTES:
-            yield view[:BLOCK_BYTES]
-            view = view[BLOCK_BYTES:]
-        waiting += view
+        if len(view) >= _SMALL_BYTES:
+            yield from (view[start : start + BLOCK_BYTES] for start in range(0, len(view), BLOCK_BYTES))
     if waiting:
         yield waiting
