@@ -18,7 +18,7 @@ from unslothd.v1.model_pb2 import LoraConfig
 from unslothd.v1.service_pb2 import GenerateRequest
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd.worker.v1.worker_service_pb2 import ExportModelRequest
-from unslothd_server.engine import export_writer
+from unslothd_server.engine import export_weights, export_writer
 from unslothd_server.errors import AbortedError, ExhaustedError, InvalidFieldsError, PreconditionError
 
 ADAPTER = ExportFormat.EXPORT_FORMAT_ADAPTER
@@ -154,6 +154,18 @@ def test_a_model_quantised_at_its_load_is_merged_with_the_weights_of_its_folder(
         logits = whole(**loaded.tokenizer(PROMPT, return_tensors="pt")).logits[0, -1].tolist()
     assert merged["dtype"] == "torch.bfloat16"
     assert merged["logits"] == pytest.approx(logits, abs=BF16_TOLERANCE)
+
+
+def test_a_base_that_exists_in_4_bits_only_is_dequantised(
+    load: LoadTiny, texts: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_weights, "_base_folder", lambda loaded, base: None)
+    loaded = load(load_in_4bit=True)
+    loaded.prepare()
+    loaded.train(texts, TRAINING)
+    plain = in_plain_transformers(Path(export(loaded, MERGED).path))
+    assert plain["dtype"] == "torch.bfloat16"
+    assert plain["logits"] == pytest.approx(logits_of(loaded), abs=BF16_TOLERANCE)
 
 
 def test_all_trained_weights_are_written_in_16_bits(load: LoadTiny, texts: list[Row]) -> None:
