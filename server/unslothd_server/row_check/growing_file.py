@@ -63,8 +63,8 @@ class GrowingFile(io.RawIOBase):
 
     def readinto(self, buffer: "memoryview[int]", /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride] - what BufferedReader passes
         """Reads at least one byte, unless the file has ended."""
-        available = self.wait_for(self._position + 1) and self._size - self._position
-        count = min(len(buffer), max(available, 0))
+        self.wait_for(self._position + 1)
+        count = min(len(buffer), self._size - self._position)
         count = os.preadv(self._file.fileno(), [memoryview(buffer)[:count]], self._position)
         self._position += count
         return count
@@ -72,9 +72,9 @@ class GrowingFile(io.RawIOBase):
     def read(self, size: int = -1, /) -> Any:  # bytes, or a view: pyarrow takes both
         """Reads `size` bytes, fewer only at the end; large parts are mapped, so that they cost no memory."""
         end = self.wait_for_end() if size < 0 else self.wait_for(self._position + size)
-        start, self._position = self._position, max(end, self._position)
+        start, self._position = self._position, end
         if end - start < _MAP_FROM_BYTES:
-            return os.pread(self._file.fileno(), max(end - start, 0), start)
+            return os.pread(self._file.fileno(), end - start, start)
         aligned = start - start % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(self._file.fileno(), end - aligned, access=mmap.ACCESS_READ, offset=aligned)
         return memoryview(mapped)[start - aligned :]

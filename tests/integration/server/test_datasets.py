@@ -285,6 +285,27 @@ def test_what_a_killed_server_left_half_done_is_gone_at_the_next_start(tmp_path:
         assert upload(server.stub(), kept).already_present
 
 
+def test_a_server_that_stops_ends_an_upload_and_leaves_nothing_of_it(tmp_path: Path):
+    with RunningServer(tmp_path, fake_workers=True) as server:
+        go_on = threading.Event()
+
+        def stuck() -> Iterator[pb.UploadDatasetRequest]:
+            yield header()
+            yield pb.UploadDatasetRequest(chunk=rows_of("stopped"))
+            go_on.wait(CALL_SECONDS)
+
+        with server.channel() as channel:
+            call = UnslothServiceStub(channel).UploadDataset.future(stuck())
+            wait_until(lambda: len(folders(server)) == 1)
+            checks = psutil.Process(server.process.pid).children()
+            assert server.stop() == 0
+            go_on.set()
+            assert call.exception(CALL_SECONDS).code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+        assert folders(server) == set()
+        gone, alive = psutil.wait_procs(checks, timeout=30)
+        assert (len(gone), alive) == (1, [])
+
+
 # --- list, delete, use ---
 
 
