@@ -233,6 +233,7 @@ class Client(_base.BaseClient):
             InvalidRequest: Fields or rows are wrong. NotFound, FailedPrecondition, AlreadyExists, ResourceExhausted:
                 the training was refused; see `reason`.
         """
+        _requests.config(training_config, options)  # wrong names are told before anything is uploaded
         train_dataset, eval_dataset = self._call(self._placed_flow(train_dataset, eval_dataset))
         request = _requests.train(
             model,
@@ -282,6 +283,7 @@ class Client(_base.BaseClient):
         Raises:
             InvalidRequest: Fields or rows are wrong. FailedPrecondition: MODEL_BUSY while a training runs on the model.
         """
+        _requests.config(training_config, options)  # wrong names are told before anything is uploaded
         train_dataset, eval_dataset = self._call(self._placed_flow(train_dataset, eval_dataset))
         request = _requests.plan(
             model,

@@ -170,8 +170,7 @@ _HINTS: dict[grpc.StatusCode, str] = {
     grpc.StatusCode.UNAVAILABLE: "Check that `unslothd serve` runs there and that the target is right.",
     grpc.StatusCode.DEADLINE_EXCEEDED: "Pass a larger timeout to the client, or look at the server's log.",
     grpc.StatusCode.RESOURCE_EXHAUSTED: (
-        "If the message is too large: put the rows into a file on the server and pass "
-        'unslothd.ServerPath("/path/on/the/server.jsonl").'
+        "If the message is too large: upload the rows with client.upload_dataset(rows) and pass what that returns."
     ),
 }
 

@@ -85,7 +85,7 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         return ExhaustedError(
             ErrorReason.ERROR_REASON_MESSAGE_TOO_LARGE,
             f"The request has {size} bytes; the most is {self._max_message_bytes}. "
-            "Put large datasets into a file below a model root of the server and name its path.",
+            "Upload large datasets with UploadDataset, or name the path of a file on the server.",
             metadata={"message_bytes": str(size), "max_bytes": str(self._max_message_bytes)},
         )
 

@@ -189,6 +189,13 @@ def test_a_training_uploads_rows_that_are_too_large_for_a_request(
         client.unload_model(model, force=True)
 
 
+def test_a_wrong_option_is_told_before_anything_is_uploaded(client: unslothd.Client):
+    before = client.list_datasets()
+    with pytest.raises(TypeError, match="did you mean max_steps"):
+        client.train("tiny", [{"text": "x" * 5_000_000}], max_step=3)  # pyright: ignore[reportCallIssue]
+    assert client.list_datasets() == before
+
+
 def test_the_async_client_uploads_too_and_trains_on_it(server: RunningServer):
     async def scenario() -> None:
         async with unslothd.AsyncClient(server.target) as client:

@@ -51,6 +51,8 @@ def bad_rows(verdict: Verdict) -> dict[int, str]:
 def test_good_rows_are_counted_and_their_columns_named(data_format: DataFormat.ValueType, tmp_path: Path):
     verdict = checked(FORMATS[data_format](ROWS), NAMES[data_format], tmp_path)
     assert verdict == Verdict("good", 2500, ["prompt", "completion"])
+    source = DatasetSource(path=str(tmp_path / f"rows.{NAMES[data_format]}"))
+    assert list(open_rows(source).rows) == ROWS  # and the engine reads what was checked
 
 
 # Each is one dataset: what is right for the check is right for the engine, and the other way round.
