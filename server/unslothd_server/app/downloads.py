@@ -18,6 +18,7 @@ from unslothd_server.errors import NotFoundError, OutOfRangeError
 from unslothd_server.export_folder import regular_files
 
 CHUNK_BYTES = 1 << 20
+_SUMS_KEPT = 1000
 # What the engine writes beside the files of a checkpoint and of a result, with their sizes and sums.
 _LISTS = ("manifest.json", "receipt.json")
 
@@ -112,10 +113,14 @@ class SumCache:
         """Returns 64 hexadecimal digits. Blocks while it reads."""
         status = os.fstat(stream.fileno())
         key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        if key not in self._sums:
+        known = self._sums.get(key)
+        if known is None:
             stream.seek(0)
-            self._sums[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return self._sums[key]
+            known = hashlib.file_digest(stream, "sha256").hexdigest()
+            if len(self._sums) >= _SUMS_KEPT:
+                self._sums.clear()
+            self._sums[key] = known
+        return known
 
 
 def _checkpoint_files(folder: Path) -> dict[str, ArtifactFile]:
