@@ -82,6 +82,7 @@ class RowCheckProcess:
         self._news = process.stdin
         self._seconds = seconds
         self._num_bytes = 0
+        self._given_up = False
         self._answer = asyncio.create_task(self._read())
 
     @property
@@ -116,6 +117,7 @@ class RowCheckProcess:
 
     async def close(self) -> None:
         """Ends the process, whatever it is doing. Repeatable."""
+        self._given_up = not self.over
         with suppress(ProcessLookupError):
             self._process.kill()
         await asyncio.wait([self._answer])
@@ -127,7 +129,8 @@ class RowCheckProcess:
         code = await self._process.wait()
         if code == 0 and line.endswith(b"\n"):
             return Verdict.from_line(line)
-        logging.getLogger(__name__).warning("the check of rows ended with code %d", code)
+        if not self._given_up:
+            logging.getLogger(__name__).warning("the check of rows ended with code %d", code)
         return Verdict(
             "damaged",
             cause="The rows could not be read: the process that checks them died over them, or needed more memory than "
