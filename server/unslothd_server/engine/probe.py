@@ -41,7 +41,7 @@ class DoesNotFitError(Exception):
     """A pass ran out of memory.
 
     Args:
-        fitting_batch_size: The largest halved batch of which a pass went well; 0 = not even one row.
+        fitting_batch_size: The largest halved batch that fits; 0 = not even one row.
     """
 
     def __init__(self, fitting_batch_size: int) -> None:
@@ -58,20 +58,19 @@ def measure(trainer: Any, longest_row: dict[str, Any], check: Callable[[], None]
         check: Called before every pass; raises to stop.
 
     Raises:
-        DoesNotFitError: A pass of batch_size longest rows, or the optimizer's states, do not fit.
+        DoesNotFitError: batch_size of the longest row, with the optimizer's states, do not fit.
     """
-    batch_size = trainer.args.per_device_train_batch_size
-    _free()
-    measured = _unless_out_of_memory(lambda: _timed(trainer, [longest_row] * batch_size, check))
-    if measured is not None:
-        return measured
-    while batch_size > 1:
-        batch_size //= 2
-        rows = [longest_row] * batch_size
+    asked = batch_size = trainer.args.per_device_train_batch_size
+    while batch_size:
         _free(trainer)
-        if _unless_out_of_memory(lambda rows=rows: _pass(trainer, rows, check)) is not None:
-            raise DoesNotFitError(batch_size)
-    raise DoesNotFitError(0)
+        rows = [longest_row] * batch_size
+        measured = _unless_out_of_memory(lambda rows=rows: _timed(trainer, rows, check))
+        if measured is not None and batch_size == asked:
+            return measured
+        if measured is not None:
+            break
+        batch_size //= 2
+    raise DoesNotFitError(batch_size)
 
 
 def _timed(trainer: Any, rows: list[dict[str, Any]], check: Callable[[], None]) -> Measured:
@@ -129,12 +128,12 @@ def _unless_out_of_memory(work: Callable[[], Result]) -> Result | None:
         return None
 
 
-def _free(trainer: Any = None) -> None:
+def _free(trainer: Any) -> None:
+    """Gives back what an earlier attempt left, and what the allocator keeps: the peak is read from it."""
     import torch
 
-    if trainer is not None:
-        trainer.model.zero_grad(set_to_none=True)
-        trainer.optimizer.state.clear()
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.optimizer.state.clear()
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
