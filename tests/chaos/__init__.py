@@ -1,0 +1,1 @@
+"""Real processes killed at random moments of real trainings, and what must be true afterwards."""
