@@ -1372,10 +1372,13 @@ class DownloadArtifactRequest(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     NAMES_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    HEADERS_ONLY_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """An exported artifact."""
     offset: _builtins.int
     """Bytes of the first file to skip, to go on with a broken download."""
+    headers_only: _builtins.bool
+    """Only the headers of the files, to see what there is."""
     @_builtins.property
     def checkpoint(self) -> _artifact_pb2.TrainingCheckpoint:
         """A result or a checkpoint."""
@@ -1391,10 +1394,11 @@ class DownloadArtifactRequest(_message.Message):
         checkpoint: _artifact_pb2.TrainingCheckpoint | None = ...,
         names: _abc.Iterable[_builtins.str] | None = ...,
         offset: _builtins.int = ...,
+        headers_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "checkpoint", b"checkpoint", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "checkpoint", b"checkpoint", "names", b"names", "offset", b"offset", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "checkpoint", b"checkpoint", "headers_only", b"headers_only", "names", b"names", "offset", b"offset", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["artifact_id", "checkpoint"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015

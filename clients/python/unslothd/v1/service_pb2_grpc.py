@@ -322,7 +322,8 @@ class UnslothServiceServicer(object):
 
     def ExportModel(self, request, context):
         """Writes a model in another form: progress, then the Artifact as the last message. Refused while a training runs on
-        the model. A half-written export is never seen under its final name.
+        the model. A half-written export is never seen under its final name. It goes on without its caller, and an equal
+        call attaches to it while it runs.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
         MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
         INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).

@@ -121,7 +121,8 @@ class UnslothServiceStub:
     """
     ExportModel: _grpc.UnaryStreamMultiCallable[_service_pb2.ExportModelRequest, _service_pb2.ExportModelResponse]
     """Writes a model in another form: progress, then the Artifact as the last message. Refused while a training runs on
-    the model. A half-written export is never seen under its final name.
+    the model. A half-written export is never seen under its final name. It goes on without its caller, and an equal
+    call attaches to it while it runs.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
     MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
     INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
@@ -225,7 +226,8 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     """
     ExportModel: _aio.UnaryStreamMultiCallable[_service_pb2.ExportModelRequest, _service_pb2.ExportModelResponse]  # type: ignore[assignment]
     """Writes a model in another form: progress, then the Artifact as the last message. Refused while a training runs on
-    the model. A half-written export is never seen under its final name.
+    the model. A half-written export is never seen under its final name. It goes on without its caller, and an equal
+    call attaches to it while it runs.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
     MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
     INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
@@ -446,7 +448,8 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_service_pb2.ExportModelResponse], _abc.AsyncIterator[_service_pb2.ExportModelResponse]]:
         """Writes a model in another form: progress, then the Artifact as the last message. Refused while a training runs on
-        the model. A half-written export is never seen under its final name.
+        the model. A half-written export is never seen under its final name. It goes on without its caller, and an equal
+        call attaches to it while it runs.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
         MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
         INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).

@@ -2661,7 +2661,9 @@ type DownloadArtifactRequest struct {
 	// File names; empty = all.
 	Names []string `protobuf:"bytes,3,rep,name=names,proto3" json:"names,omitempty"`
 	// Bytes of the first file to skip, to go on with a broken download.
-	Offset        int64 `protobuf:"varint,4,opt,name=offset,proto3" json:"offset,omitempty"`
+	Offset int64 `protobuf:"varint,4,opt,name=offset,proto3" json:"offset,omitempty"`
+	// Only the headers of the files, to see what there is.
+	HeadersOnly   bool `protobuf:"varint,5,opt,name=headers_only,json=headersOnly,proto3" json:"headers_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2733,6 +2735,13 @@ func (x *DownloadArtifactRequest) GetOffset() int64 {
 		return x.Offset
 	}
 	return 0
+}
+
+func (x *DownloadArtifactRequest) GetHeadersOnly() bool {
+	if x != nil {
+		return x.HeadersOnly
+	}
+	return false
 }
 
 type isDownloadArtifactRequest_Source interface {
@@ -3021,7 +3030,7 @@ const file_unslothd_v1_service_proto_rawDesc = "" +
 	"\x13ExportModelResponse\x129\n" +
 	"\bprogress\x18\x01 \x01(\v2\x1b.unslothd.v1.ExportProgressH\x00R\bprogress\x123\n" +
 	"\bartifact\x18\x02 \x01(\v2\x15.unslothd.v1.ArtifactH\x00R\bartifactB\b\n" +
-	"\x06result\"\xb7\x01\n" +
+	"\x06result\"\xda\x01\n" +
 	"\x17DownloadArtifactRequest\x12!\n" +
 	"\vartifact_id\x18\x01 \x01(\tH\x00R\n" +
 	"artifactId\x12A\n" +
@@ -3029,7 +3038,8 @@ const file_unslothd_v1_service_proto_rawDesc = "" +
 	"checkpoint\x18\x02 \x01(\v2\x1f.unslothd.v1.TrainingCheckpointH\x00R\n" +
 	"checkpoint\x12\x14\n" +
 	"\x05names\x18\x03 \x03(\tR\x05names\x12\x16\n" +
-	"\x06offset\x18\x04 \x01(\x03R\x06offsetB\b\n" +
+	"\x06offset\x18\x04 \x01(\x03R\x06offset\x12!\n" +
+	"\fheaders_only\x18\x05 \x01(\bR\vheadersOnlyB\b\n" +
 	"\x06source\"k\n" +
 	"\x18DownloadArtifactResponse\x12/\n" +
 	"\x04file\x18\x01 \x01(\v2\x19.unslothd.v1.ArtifactFileH\x00R\x04file\x12\x16\n" +
