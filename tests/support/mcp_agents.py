@@ -1,14 +1,25 @@
-"""An MCP host as tests play it: the adapter in a process of its own, the SDK's client, and calls that take results apart."""
+"""An MCP host as tests play it: the adapter in a process of its own, the SDK's client, results taken apart."""
 
+import json
 import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
+import anyio
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp_types import CallToolResult
+
+import unslothd
+from doubles.fake_worker import fake_row
+from doubles.gates import StepGate
+from support.waiting import wait_until
+from unslothd_mcp.app import Adapter
+from unslothd_mcp.session import Session
+from unslothd_mcp.settings import Settings
 
 CALL_SECONDS = 120.0
 
@@ -47,6 +58,14 @@ class Agent:
         assert {"code", "reason", "message", "fields", "next_step"} <= set(result.structured_content)
         return result.structured_content
 
+    @asynccontextmanager
+    async def calling(self, tool: str, **arguments: Any) -> AsyncIterator[None]:
+        """Calls a tool in the background; leaving cancels the call, as a host does on "stop"."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(self.result, tool, **arguments))
+            yield
+            group.cancel_scope.cancel()
+
 
 def adapter(target: str, *arguments: str) -> StdioServerParameters:
     """Returns how a host starts the adapter."""
@@ -68,3 +87,28 @@ async def agent(target: str, *arguments: str, mode: str = "auto", **options: Any
     """
     async with Client(stdio_client(adapter(target, *arguments)), mode=mode, **options) as client:
         yield Agent(client)
+
+
+@asynccontextmanager
+async def agent_inside(target: str, mode: str = "auto", *, client: Any = None, **settings: Any) -> AsyncIterator[Agent]:
+    """Connects an agent to an adapter in this process, which starts at once.
+
+    Args:
+        target: The unslothd server.
+        mode: As for `agent`.
+        client: Options of the SDK's client.
+        settings: Of the adapter.
+    """
+    adapter = Adapter(Session(unslothd.AsyncClient(target), Settings(**settings)))
+    async with Client(adapter, mode=mode, **(client or {})) as connected:
+        yield Agent(connected)
+
+
+async def reached(gate: StepGate, step: int) -> None:
+    """Returns once a training waits at this step; fails after a bounded time."""
+    await anyio.to_thread.run_sync(wait_until, lambda: gate.is_reached(step))
+
+
+def scripted_row(**knobs: Any) -> dict[str, Any]:
+    """Returns a row that tells the scripted engine what to do (see `fake_worker.py`)."""
+    return json.loads(fake_row(**knobs))

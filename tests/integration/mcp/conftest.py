@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from doubles.gates import StepGate
+from support.calls import prepared_model
 from support.running_server import RunningServer
+from unslothd.v1.service_pb2_grpc import UnslothServiceStub
+from unslothd.v1.training_pb2 import TrainingConfig
 
 
 @pytest.fixture
@@ -23,6 +26,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         (folder / "config.json").write_text("{}")
         (folder / "fake.json").write_text(json.dumps({}))
         yield running
+
+
+@pytest.fixture(scope="module")
+def stub(server: RunningServer) -> Iterator[UnslothServiceStub]:
+    with server.channel() as channel:
+        yield UnslothServiceStub(channel)
+
+
+@pytest.fixture
+def model_id(stub: UnslothServiceStub) -> Iterator[str]:
+    """A loaded and prepared model, three steps a training."""
+    with prepared_model(stub, "tiny", TrainingConfig(max_steps=3)) as model:
+        yield model.model_id
 
 
 @pytest.fixture

@@ -1,20 +1,12 @@
 """The five tools, in both eras of the protocol: exact keys, live progress, defaults."""
 
-import json
-
 import pytest
 
-from doubles.fake_worker import fake_row
-from doubles.gates import StepGate
 from support.mcp_agents import agent
 from support.running_server import RunningServer
 
 pytestmark = pytest.mark.anyio
 ERAS = ["legacy", "auto"]
-
-
-def row(**knobs: object) -> dict:
-    return json.loads(fake_row(**knobs))
 
 
 @pytest.mark.parametrize("mode", ERAS)

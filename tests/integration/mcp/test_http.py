@@ -1,0 +1,95 @@
+"""Streamable HTTP: both eras, bearer tokens, several agents at a time on one adapter."""
+
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import anyio
+import httpx2
+import pytest
+from mcp.client import Client
+from mcp.client.streamable_http import streamable_http_client
+
+from support.mcp_agents import Agent, adapter
+from support.running_server import STOP_SECONDS, RunningServer
+
+pytestmark = pytest.mark.anyio
+TOKEN = "let-me-in"
+
+
+@pytest.fixture(scope="module")
+def url(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    tokens = tmp_path_factory.mktemp("tokens") / "tokens.txt"
+    tokens.write_text(f"# agents\nanother\n{TOKEN}\n")
+    start = adapter(server.target, "--http", "127.0.0.1:0", "--http-token-file", str(tokens))
+    command = [start.command, *start.args]
+    with subprocess.Popen(command, env=start.env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+        process.terminate()
+        assert process.wait(STOP_SECONDS) in (0, -15)
+
+
+@asynccontextmanager
+async def connected(url: str, mode: str) -> AsyncIterator[Agent]:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with (
+        httpx2.AsyncClient(headers=headers, timeout=60) as http,
+        Client(streamable_http_client(url, http_client=http), mode=mode) as client,
+    ):
+        yield Agent(client)
+
+
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+async def test_the_whole_job_runs_with_live_progress(url: str, mode: str):
+    async with connected(url, mode) as host:
+        loaded = await host.call("unsloth_load_model", model_name="tiny")
+        config = {"max_steps": 5}
+        await host.call("unsloth_prepare_for_training", model_id=loaded["model_id"], training_config=config)
+        host.progress.clear()
+        await host.call("unsloth_train", model_id=loaded["model_id"], train_dataset=[{"text": "a"}])
+        assert [done for done, _, _ in host.progress] == [1, 2, 3, 4, 5]
+        await host.call("unsloth_unload_model", model_id=loaded["model_id"])
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
+async def test_nobody_is_let_in_without_a_token(url: str, headers: dict[str, str]):
+    async with httpx2.AsyncClient(headers=headers) as http:
+        assert (await http.post(url, json={})).status_code == 401
+
+
+async def test_five_agents_train_at_the_same_time(url: str):
+    async def job(mode: str) -> None:
+        async with connected(url, mode) as host:
+            loaded = await host.call("unsloth_load_model", model_name="tiny")
+            await host.call("unsloth_prepare_for_training", model_id=loaded["model_id"])
+            host.progress.clear()
+            config = {"max_steps": 20}
+            rows = [{"text": "a"}]
+            await host.call("unsloth_train", model_id=loaded["model_id"], train_dataset=rows, training_config=config)
+            assert [done for done, _, _ in host.progress] == list(range(1, 21))
+            await host.call("unsloth_unload_model", model_id=loaded["model_id"])
+
+    with anyio.fail_after(120):
+        async with anyio.create_task_group() as group:
+            for mode in ("auto", "legacy", "auto", "legacy", "auto"):
+                group.start_soon(job, mode)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--http", "0.0.0.0:0"], "--http-token-file"),
+        (["--http", "nonsense"], "HOST:PORT"),
+        (["--http", "127.0.0.1:0", "--http-token-file", "/dev/null"], "holds no token"),
+        (["--allowed-root", "/no/such/folder"], "is no folder here"),
+        (["--max-steps", "0"], "at least 1"),
+    ],
+)
+def test_wrong_usage_is_refused_with_what_is_right(arguments: list[str], said: str):
+    start = adapter("127.0.0.1:1", *arguments)
+    command = [sys.executable, *start.args]
+    done = subprocess.run(command, check=False, env=start.env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert said in done.stderr
