@@ -98,6 +98,7 @@ def _writer(loaded: LoadedModel, request: ExportModelRequest, progress: Progress
         case ExportFormat.EXPORT_FORMAT_GGUF:
             converter = gguf_export.Converter(request.gguf_quantization)
             weights = merged_weights(loaded)
+            _refuse_base_from_gguf(weights.base)
             return lambda work: converter.write(loaded, weights, work, progress)
         case _:
             raise export_unsupported("This form is not known to this server.")
@@ -116,6 +117,15 @@ def _require_gpu(model: Any) -> None:
         raise export_unsupported(
             "4-bit weights are written where the model is on a GPU, and this one is on the CPU. "
             "Export it as MERGED_16BIT and quantise that when you load it."
+        )
+
+
+def _refuse_base_from_gguf(base: Any) -> None:
+    """llama.cpp takes the tokenizer that was read from a .gguf file for one of another kind, and writes it so."""
+    if Path(str(base.config._name_or_path)).name.startswith("gguf-"):  # see gguf.converted_folder
+        raise export_unsupported(
+            "The base model was read from a .gguf file, whose tokenizer llama.cpp would not write back as it was. "
+            "Export MERGED_16BIT, or train on the model's original safetensors."
         )
 
 
