@@ -50,7 +50,7 @@ async def unsloth_resume_training(
     ] = 0,
     confirm: Confirm = None,
 ) -> results.TrainingView:
-    """Goes on with a paused, failed or cancelled training, exactly where its checkpoint was saved.
+    """Goes on with a paused, failed or cancelled training, exactly at the step where its checkpoint was saved.
 
     Answers at once; loads the model again if needed. Default: the newest checkpoint. Next: unsloth_watch_training with
     after_sequence=last_sequence.
