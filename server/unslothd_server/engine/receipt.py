@@ -167,7 +167,9 @@ def _model(loaded: LoadedModel) -> dict[str, Any]:
         "model_name": request.model_name,
         "source": request.source,
         "revision": request.revision,
-        "commit": str(getattr(model.config, "_commit_hash", None) or ""),
+        "commit": _commit(request.source, request.revision),
+        "base_model": _base(loaded),
+        "base_commit": _commit(_base(loaded), ""),
         "weights": [_weights_file(path) for path in _weights_files(loaded)],
         "weights_from": loaded.weights_from,
         "dtype": readback.weights_dtype(model),
@@ -184,13 +186,30 @@ def _trained_by(run: FinishedRun) -> list[str]:
     return [training_id for training_id in run.loaded.trained_by if training_id != run.request.training_id]
 
 
+def _base(loaded: LoadedModel) -> str:
+    """Hub id or path of the base model where the source is an adapter, else empty."""
+    peft_configs = getattr(loaded.model, "peft_config", None)
+    if not loaded.from_adapter or not peft_configs:
+        return ""
+    return str(next(iter(peft_configs.values())).base_model_name_or_path)
+
+
+def _commit(source: str, revision: str) -> str:
+    """The Hub commit that a name stands for in the local cache; empty for a path or nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not source or Path(source).is_absolute():
+        return ""
+    for name in ("config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(source, name, revision=revision or None)
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return ""
+
+
 def _weights_files(loaded: LoadedModel) -> Iterator[Path]:
     """Files of local weights: of the source, and of the base where the source is an adapter."""
-    sources = [loaded.request.source]
-    peft_configs = getattr(loaded.model, "peft_config", None)
-    if loaded.from_adapter and peft_configs:
-        sources.append(str(next(iter(peft_configs.values())).base_model_name_or_path))
-    for source in map(Path, sources):
+    for source in (Path(loaded.request.source), Path(_base(loaded))):
         if source.is_absolute() and source.is_file():
             yield source
         elif source.is_absolute():

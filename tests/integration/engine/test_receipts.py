@@ -72,6 +72,32 @@ def test_the_weights_of_a_local_model_are_told_by_size_and_header(
     assert told["header_sha256"] == sha256(data[: 8 + struct.unpack("<Q", data[:8])[0]])
 
 
+def test_a_model_of_the_hub_is_told_by_its_commit(
+    prepared: Loaded, texts: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--org--tiny"
+    for name, content in {"refs/main": "1234abcd", "snapshots/1234abcd/config.json": "{}"}.items():
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text(content)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    prepared.engine._loaded.request.source = "org/tiny"  # type: ignore[union-attr]
+    model = receipt_of(prepared.train(texts, CONFIG))["model"]
+    assert (model["source"], model["commit"], model["weights"]) == ("org/tiny", "1234abcd", [])
+
+
+def test_an_adapter_is_told_with_its_base(load: LoadTiny, tiny: Path, texts: list[Row]) -> None:
+    first = load()
+    first.prepare()
+    final = first.train(texts, CONFIG, name="first").output_dir / "final"
+    second = load(final)
+    second.prepare()
+    model = receipt_of(second.train(texts, CONFIG, name="second"))["model"]
+    assert (model["source"], model["base_model"], model["base_commit"]) == (str(final), str(tiny), "")
+    assert [Path(file["path"]).parent for file in model["weights"]] == [final, tiny]
+
+
 def test_the_sums_of_all_results_are_in_the_receipt_and_it_lies_in_both_places(
     prepared: Loaded, texts: list[Row]
 ) -> None:

@@ -218,6 +218,36 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_that_is_said(
     assert weights(rest) == before
 
 
+def test_a_save_that_was_killed_does_not_count_and_is_made_again(
+    fresh: Callable[..., Loaded], texts: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    wanted = config(save_steps=2)
+    whole = fresh().train(texts, wanted, name="whole")
+
+    def killed(trainer: Any, output_dir: str) -> None:
+        if trainer.state.global_step == 4:
+            raise SystemExit("killed inside the save")
+        save(trainer, output_dir)
+
+    save = Trainer._save_rng_state
+    loaded, told = fresh(), []
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_rng_state", killed)
+        with pytest.raises(SystemExit):
+            loaded.train(texts, wanted, name="run", on_event=lambda event, stop: told.append(event.WhichOneof("kind")))
+    output_dir = loaded.folder / "run"
+    assert told.count("checkpoint_saved") == 1
+    assert (output_dir / "checkpoint-4" / "optimizer.pt").is_file()
+    rest = fresh(seed=99).train(
+        texts, wanted, name="run", resume_from=output_dir / "checkpoint-4", fallbacks=[output_dir / "checkpoint-2"]
+    )
+    assert "checkpoint-4 cannot be used: it has no manifest.json" in rest.warnings["CHECKPOINT_DAMAGED"][0]
+    assert Told.by(rest) == Told.by(whole).after(2)
+    assert weights(rest) == weights(whole)
+
+
 def test_going_on_removes_what_is_made_again_and_what_was_never_finished(
     fresh: Callable[..., Loaded], texts: list[Row]
 ) -> None:
