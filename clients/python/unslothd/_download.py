@@ -161,17 +161,15 @@ def download(
 ) -> Flow[DownloadProgress, list[Path]]:
     """Emits progress and returns the files in the order of their names.
 
-    After a lost connection it goes on where it stopped. Where the names are known (given, or told by an Artifact)
-    nothing is sent twice. Otherwise only the stream tells them: then it is so for the first file, and others that are
-    here are sent again and skipped.
+    After a lost connection it goes on where it stopped, and nothing that is here is sent again.
     """
     transfer = _Transfer(download_request(source), folder, retry)
     if not names and isinstance(source, artifact_pb2.Artifact):
         names = [file.name for file in source.files]
     elif not names:
-        yield from transfer.take([])
+        names = yield from transfer.all_names()
     for name in sorted(set(names)):
-        yield from transfer.take([name])
+        yield from transfer.take(name)
     return [transfer.done[name] for name in sorted(transfer.done)]
 
 
@@ -185,48 +183,56 @@ class _Transfer:
         self._retry = retry
         self._dropped: set[str] = set()
 
-    def take(self, names: list[str]) -> Flow[DownloadProgress, None]:
-        """Takes the one named file, or all when none is named, with as many streams as it needs."""
+    def all_names(self) -> Flow[Any, list[str]]:
+        """Returns the names of the files that there are."""
+        request = self._copy_of_request()
+        request.headers_only = True
+        while True:
+            names: list[str] = []
+            yield OpenStream("DownloadArtifact", request)
+            try:
+                while (message := (yield Next())) is not None:
+                    self._retry.heard()
+                    if message.HasField("file"):
+                        names.append(message.file.name)
+            except errors.UnslothdError as error:
+                if not connection_lost(error):
+                    raise
+                yield Sleep(self._retry.next_delay(error))
+            else:
+                return names
+
+    def take(self, name: str) -> Flow[DownloadProgress, None]:
+        """Takes a file, with as many streams as it needs."""
         whole = False
         while not whole:
             offset = 0
             try:
-                offset = yield from self._bytes_here(names)
-                whole = yield from self._read(names, offset)
+                offset = yield Blocking(partial(self._folder.part_bytes, name))
+                whole = yield from self._read(name, offset)
             except errors.OutOfRange:
-                if not names or not offset:
+                if not offset:
                     raise
-                yield Blocking(partial(self._folder.drop_part, names[0]))  # that of another, longer file
+                yield Blocking(partial(self._folder.drop_part, name))  # that of another, longer file
             except errors.UnslothdError as error:
                 if not connection_lost(error):
                     raise
                 yield Sleep(self._retry.next_delay(error))
 
-    def _bytes_here(self, names: list[str]) -> Flow[Any, int]:
-        """Returns how many bytes of the first file need not be sent; where no name is known, its header is read."""
-        if names:
-            return (yield Blocking(partial(self._folder.part_bytes, names[0])))
-        yield OpenStream("DownloadArtifact", self._request)
-        first = yield Next()
-        yield CloseStream()
-        return 0 if first is None else (yield Blocking(partial(self._found, first.file)))
-
-    def _found(self, file: artifact_pb2.ArtifactFile) -> int:
-        if self._is_done(file):
-            return file.num_bytes
-        part_bytes = self._folder.part_bytes(file.name)
-        return part_bytes if part_bytes <= file.num_bytes else 0  # more are of another file
+    def _copy_of_request(self) -> service_pb2.DownloadArtifactRequest:
+        request = service_pb2.DownloadArtifactRequest()
+        request.CopyFrom(self._request)
+        return request
 
     def _is_done(self, file: artifact_pb2.ArtifactFile) -> bool:
         if file.name not in self.done and self._folder.holds(file):
             self.done[file.name] = self._folder.path(file.name)
         return file.name in self.done
 
-    def _read(self, names: list[str], offset: int) -> Flow[DownloadProgress, bool]:
+    def _read(self, name: str, offset: int) -> Flow[DownloadProgress, bool]:
         """Takes from one stream what is not here yet; False when a file has to be taken again from its beginning."""
-        request = service_pb2.DownloadArtifactRequest()
-        request.CopyFrom(self._request)
-        request.names.extend(names)
+        request = self._copy_of_request()
+        request.names.append(name)
         request.offset = offset
         yield OpenStream("DownloadArtifact", request)
         part: Part | None = None
@@ -235,11 +241,9 @@ class _Transfer:
                 self._retry.heard()
                 if message.HasField("file"):
                     part = yield Blocking(partial(self._begin, message.file, offset))
-                    offset = 0
                     if part is None:
                         yield Emit(DownloadProgress(message.file.name, message.file.num_bytes, message.file.num_bytes))
-                        if names:
-                            break
+                        break
                 elif part is not None and (yield Blocking(partial(part.receive, message.chunk))):
                     self._retry.progress()
                 if part is not None:
@@ -252,7 +256,7 @@ class _Transfer:
             if part is not None:
                 part.close()
         yield CloseStream()
-        if part is not None or set(names) - set(self.done):
+        if part is not None or name not in self.done:
             raise errors.Unavailable("the download ended before its last byte", code=grpc.StatusCode.UNAVAILABLE)
         return True
 

@@ -54,7 +54,7 @@ class Downloads:
         self._sums = SumCache()
 
     async def download(self, request: DownloadArtifactRequest) -> AsyncIterator[DownloadArtifactResponse]:
-        """Yields each file's header, then its bytes in chunks of at most 1 MiB.
+        """Yields each file's header, then (unless only headers are wanted) its bytes in chunks of at most 1 MiB.
 
         Raises:
             NotFoundError: The artifact, the checkpoint or one of the names; or a file that changes while it is sent.
@@ -67,6 +67,8 @@ class Downloads:
         for file in files:
             async for response in self._send(folder, file, offset):
                 yield response
+                if request.headers_only:
+                    break
             offset = 0
 
     def _folder(self, request: DownloadArtifactRequest) -> Folder:

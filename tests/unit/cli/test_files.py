@@ -106,7 +106,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(server, say, method, argument
 def test_another_file_of_the_same_name_is_said_and_kept(server, say, cli, here):
     (here / "a1").mkdir()
     (here / "a1/model.bin").write_bytes(b"mine")
-    server.script.on("DownloadArtifact", *[sending(say) for _ in range(3)])
+    server.script.on("DownloadArtifact", *[sending(say) for _ in range(4)])
     shown = cli("download", "a1")
     assert shown.exit_code == 1
     assert "a1/model.bin: another file of this name is here" in shown.stderr
