@@ -19,7 +19,7 @@ from unslothd_mcp.session import Session
 
 BUDGET_LABEL = "unslothd_mcp_budget"
 _LOOK_SECONDS = 5.0
-_ACTIVE: tuple[TrainingState, ...] = ("queued", "running", "recovering", "pausing", "paused")
+_ACTIVE: tuple[TrainingState, ...] = ("queued", "running", "recovering", "pausing")
 _LOG = logging.getLogger(__name__)
 
 

@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; None = those of the process.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
+    command = parser()
+    options = command.parse_args(argv)
     roots = tuple(root.expanduser() for root in options.allowed_root)
     missing = [str(root) for root in roots if not root.is_dir()]
     if missing:
-        parser.error(f"--allowed-root: {', '.join(missing)} is no folder here")
+        command.error(f"--allowed-root: {', '.join(missing)} is no folder here")
     settings = Settings(
         read_only=options.read_only,
         max_gpu_minutes=options.max_gpu_minutes,
@@ -48,19 +48,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.http is None:
             anyio.run(_stdio, options.target, settings)
         else:
-            _http(parser, options, settings)
+            _http(command, options, settings)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Returns what reads the arguments."""
+    command = argparse.ArgumentParser(
         prog="unslothd-mcp",
         description="Lets LLM agents fine-tune models: an MCP server whose tools are calls to an unslothd server.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = command.add_argument
     add(
         "--target",
         metavar="HOST:PORT",
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         help="bearer tokens that are let in, one a line; needed for an address that others can reach",
     )
     add("--version", action="version", version=f"unslothd-mcp {unslothd.__version__}")
-    return parser
+    return command
 
 
 async def _stdio(target: str, settings: Settings) -> None:
@@ -102,22 +103,22 @@ async def _stdio(target: str, settings: Settings) -> None:
     await Adapter(Session(unslothd.AsyncClient(target), settings)).run_stdio_async()
 
 
-def _http(parser: argparse.ArgumentParser, options: argparse.Namespace, settings: Settings) -> None:
+def _http(command: argparse.ArgumentParser, options: argparse.Namespace, settings: Settings) -> None:
     from unslothd_mcp import http
     from unslothd_mcp.session import Session
 
     host, _, port = options.http.rpartition(":")
     host = host.strip("[]")
     if not host or not port.isdecimal():
-        parser.error("--http: write HOST:PORT, e.g. 127.0.0.1:8765")
+        command.error("--http: write HOST:PORT, e.g. 127.0.0.1:8765")
     tokens: tuple[str, ...] = ()
     if options.http_token_file is not None:
         try:
             tokens = http.read_tokens(options.http_token_file)
         except (OSError, ValueError) as error:
-            parser.error(f"--http-token-file: {error}")
+            command.error(f"--http-token-file: {error}")
     elif not http.is_loopback(host):
-        parser.error(f"--http: others can reach {host}; add --http-token-file, and a proxy with TLS in front")
+        command.error(f"--http: others can reach {host}; add --http-token-file, and a proxy with TLS in front")
     anyio.run(http.serve, Session(unslothd.AsyncClient(options.target), settings), host, int(port), tokens)
 
 

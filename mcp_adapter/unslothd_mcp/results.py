@@ -1,5 +1,6 @@
 """What tools return. The keys of the five main tools are fixed; others may be added, none renamed or removed."""
 
+import math
 from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
@@ -11,6 +12,7 @@ from unslothd_mcp.plain import Plain, plain, short_name
 
 SUCCESS = "success"
 Success = Literal["success"]
+_LONG = ("config", "train_dataset", "eval_dataset", "checkpoints")
 _ENDED = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -44,17 +46,17 @@ class Prepared(TypedDict):
 
 
 class Metrics(TypedDict):
-    """Final figures of a training; runtime in seconds, loss in nats per token."""
+    """Final figures of a training; runtime in seconds, loss in nats per token (null when it is not finite)."""
 
     train_runtime: float
     train_samples_per_second: float
     train_steps_per_second: float
-    train_loss: float
+    train_loss: float | None
     epoch: float
     train_tokens: int
     train_tokens_per_second: float
     peak_memory_bytes: int
-    eval_loss: NotRequired[float]
+    eval_loss: NotRequired[float | None]
 
 
 class Trained(TypedDict):
@@ -115,6 +117,8 @@ class TrainingView(TypedDict):
     start_time: NotRequired[str]
     end_time: NotRequired[str]
     config: NotRequired[dict[str, Any]]
+    train_dataset: NotRequired[dict[str, Any]]
+    eval_dataset: NotRequired[dict[str, Any]]
     metrics: NotRequired[Metrics]
     error: NotRequired[dict[str, Any]]
     checkpoints: NotRequired[list[dict[str, Any]]]
@@ -182,15 +186,19 @@ def metrics(figures: unslothd.TrainingMetrics) -> Metrics:
         train_runtime=figures.train_runtime,
         train_samples_per_second=figures.train_samples_per_second,
         train_steps_per_second=figures.train_steps_per_second,
-        train_loss=figures.train_loss,
+        train_loss=_finite(figures.train_loss),
         epoch=figures.epoch,
         train_tokens=figures.train_tokens,
         train_tokens_per_second=figures.train_tokens_per_second,
         peak_memory_bytes=figures.peak_memory_bytes,
     )
     if figures.HasField("eval_loss"):
-        result["eval_loss"] = figures.eval_loss
+        result["eval_loss"] = _finite(figures.eval_loss)
     return result
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def trained(training: unslothd.Training) -> Trained:
@@ -215,7 +223,7 @@ def trained(training: unslothd.Training) -> Trained:
 def training_view(training: unslothd.Training, *, brief: bool = False) -> Plain:
     """Returns a training as it is now; brief: without config, datasets and checkpoints."""
     view = plain(training)
-    for name in ("request_id", "train_dataset", "eval_dataset", *(("config", "checkpoints") if brief else ())):
+    for name in ("request_id", *(_LONG if brief else ())):
         view.pop(name, None)
     if training.HasField("metrics"):
         view["metrics"] = metrics(training.metrics)

@@ -1,6 +1,7 @@
 """What hosts and agents are told of the tools: names, arguments, defaults, units, effects, what comes next."""
 
 import asyncio
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import unslothd
 from unslothd._requests import LoraOptions, TrainingOptions
 from unslothd.v1.error_reason_pb2 import ErrorReason
-from unslothd_mcp import next_steps, results
+from unslothd_mcp import cli, next_steps, results
 from unslothd_mcp.app import TOOLS, Adapter
 from unslothd_mcp.arguments import Lora, TrainingConfig
 from unslothd_mcp.session import Session
@@ -140,3 +141,19 @@ def test_the_help_teaches_how_hosts_start_it():
     assert '"mcpServers"' in done.stdout
     for option in ("--target", "--read-only", "--max-steps", "--max-gpu-minutes", "--allowed-root", "--http"):
         assert option in done.stdout
+
+
+def test_the_configurations_of_hosts_in_the_docs_start_it():
+    blocks = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", (ROOT / "docs/mcp.md").read_text(), re.S)]
+    servers = [block[key]["unslothd"] for block in blocks for key in ("mcpServers", "servers") if key in block]
+    started = [server for server in servers if "command" in server]
+    assert (len(servers), len(started)) == (3, 2)
+    for server in started:
+        assert server["command"] == "unslothd-mcp"
+        cli.parser().parse_args(server["args"])
+
+
+def test_the_docs_have_every_reason_of_the_adapter():
+    page = (ROOT / "docs/mcp.md").read_text()
+    contract = {name.removeprefix("ERROR_REASON_") for name in ErrorReason.keys()}  # noqa: SIM118
+    assert [reason for reason in next_steps.REASONS - contract if reason not in page] == []

@@ -12,7 +12,7 @@ import unslothd
 from unslothd.errors import FieldViolation, NotFound
 from unslothd.v1.dataset_pb2 import DatasetSource, InlineRows
 from unslothd.v1.training_event_pb2 import StepProgress, TrainingEvent
-from unslothd.v1.training_pb2 import Checkpoint, Training, TrainingConfig
+from unslothd.v1.training_pb2 import Checkpoint, Training, TrainingConfig, TrainingMetrics
 from unslothd_mcp import results
 from unslothd_mcp.errors import ToolFailure, as_result
 from unslothd_mcp.plain import plain
@@ -46,6 +46,12 @@ def test_times_errors_maps_and_lists_are_plain_and_bytes_are_left_out():
 def test_a_loss_that_is_not_finite_has_a_name_that_json_has():
     event = TrainingEvent(step=StepProgress(loss=float("nan")))
     assert plain(event)["step"]["loss"] == "nan"
+
+
+def test_a_final_loss_that_is_not_finite_is_null_as_its_schema_allows():
+    figures = results.metrics(TrainingMetrics(train_loss=float("inf"), eval_loss=float("nan")))
+    assert (figures["train_loss"], figures["eval_loss"]) == (None, None)
+    TypeAdapter(results.Metrics).validate_python(figures)
 
 
 STATES = {
