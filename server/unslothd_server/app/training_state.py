@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import code_pb2  # pyright: ignore[reportMissingTypeStubs]
 
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import Training
@@ -113,7 +114,7 @@ class Recoveries:
     def see(self, event: TrainingEvent) -> None:
         """Takes the next event of the log."""
         kind = event.WhichOneof("kind")
-        if kind == "recovery":
+        if kind == "recovery" and event.recovery.cause.code == code_pb2.ABORTED:  # of a worker, not of a pass
             self.without_progress = event.recovery.attempt
         elif kind == "step" and event.step.step > self._furthest_step:
             self._furthest_step = event.step.step

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
@@ -136,7 +137,7 @@ class Trainings:
         result.CopyFrom(run.training)
         del result.checkpoints[:]
         result.checkpoints.extend(reversed(run.checkpoints_on_disk()))
-        measured = [each for each in result.checkpoints if each.HasField("eval_loss")]
+        measured = [each for each in result.checkpoints if each.HasField("eval_loss") and math.isfinite(each.eval_loss)]
         if measured:
             result.best_checkpoint.CopyFrom(min(measured, key=lambda each: each.eval_loss))
         return result
@@ -328,8 +329,8 @@ class Trainings:
 
     def _bring_back(self, run: TrainingRun) -> None:
         run.stored.wish = StopWish.NONE
+        run.save()  # first: a wish that a restart finds beside QUEUED would be carried out
         run.append(state_changed(Training.STATE_QUEUED, self._queues.place_of(run)))
-        run.save()
 
     # --- ending ---
 

@@ -17,6 +17,7 @@ from unslothd_server.engine import honesty, readback, reports
 from unslothd_server.engine.layouts import NO_PREFERENCE_METHOD
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.parameters import count_parameters
+from unslothd_server.engine.passes import PassSplit
 from unslothd_server.engine.prepared_rows import PreparedRows, prepare_rows
 from unslothd_server.engine.probe import DoesNotFitError, measure
 from unslothd_server.engine.step_clock import StepClock
@@ -88,8 +89,11 @@ def _ready_trainer(
                 checkpoint_written=lambda folder: None,
                 evaluation_over=lambda step: None,
                 warn=lambda warning: None,
+                repaired=lambda split, error: None,
+                beat=lambda: None,
             ),
             evaluate_first=False,
+            split=PassSplit(),
         )
         try:
             with suppress(_Ready):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unslothd_server.engine.memory import PeakMemory
+from unslothd_server.engine.passes import PassSplit
 from unslothd_server.engine.step_clock import StepClock
 
 STATE_NAME = "unslothd_state.json"
@@ -70,6 +71,7 @@ class RunFigures:
         evaluations: Losses on the eval rows.
         interval: Of the next step event.
         saved_step: Step of the last whole checkpoint; of the one it went on from, before the first.
+        split: How passes are cut because of a lack of memory.
     """
 
     clock: StepClock
@@ -77,6 +79,7 @@ class RunFigures:
     evaluations: Evaluations = field(default_factory=Evaluations)
     interval: LogInterval = field(default_factory=LogInterval)
     saved_step: int | None = None
+    split: PassSplit = field(default_factory=PassSplit)
 
     def write(self, checkpoint: Path) -> None:
         """Puts what a resume needs into a checkpoint's folder."""
@@ -84,6 +87,7 @@ class RunFigures:
             "seconds": self.clock.elapsed(),
             "evaluations": vars(self.evaluations),
             "interval": vars(self.interval),
+            "split": vars(self.split),
         }
         (checkpoint / STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
@@ -98,4 +102,5 @@ class RunFigures:
         self.clock.go_on_from(state["seconds"])
         self.evaluations = Evaluations(**state["evaluations"])
         self.interval = LogInterval(**state["interval"])
+        self.split = PassSplit(**state["split"])
         self.saved_step = step

@@ -10,8 +10,11 @@ from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd_server.engine.checkpoints import folder_of
 from unslothd_server.engine.evaluation import random_state_kept, within_memory
 from unslothd_server.engine.model_loading import LoadedModel
+from unslothd_server.engine.passes import PassSplit, StepPasses
+from unslothd_server.engine.readback import uses_checkpointing
 from unslothd_server.engine.step_clock import StepClock
 from unslothd_server.engine.tokens import IGNORED_LABEL
+from unslothd_server.errors import ExhaustedError
 
 DEFAULT_MAX_STEPS = 100
 
@@ -25,12 +28,16 @@ class TrainerHooks:
         checkpoint_written: When all files of Transformers are in a checkpoint's folder; writes what else belongs there.
         evaluation_over: With its optimizer step, when an evaluation is done or was left out.
         warn: Takes what a user should know of an evaluation.
+        repaired: Takes what was changed because memory ran out in a pass, and the error.
+        beat: Before every pass: the training is alive.
     """
 
     check_stop: Callable[[], None]
     checkpoint_written: Callable[[Path], None]
     evaluation_over: Callable[[int], None]
     warn: Callable[[TrainingWarning], None]
+    repaired: Callable[[PassSplit, ExhaustedError], None]
+    beat: Callable[[], None]
 
 
 def build_trainer(
@@ -44,6 +51,7 @@ def build_trainer(
     clock: StepClock,
     hooks: TrainerHooks,
     evaluate_first: bool,
+    split: PassSplit,
 ) -> Any:
     """Builds a trainer; nothing runs yet.
 
@@ -57,18 +65,19 @@ def build_trainer(
         clock: Is stopped while the trainer evaluates or saves.
         hooks: What it calls.
         evaluate_first: Evaluate before the first step; means nothing without eval_rows.
+        split: How passes have to be cut to fit in memory, as far as is known.
     """
     from trl import SFTTrainer
     from unsloth import FastLanguageModel
 
-    checkpointing = _get(config, "use_gradient_checkpointing", True)
+    checkpointing = split.checkpointing or _get(config, "use_gradient_checkpointing", True)
     # Generation may have left the model in inference mode.
     FastLanguageModel.for_training(loaded.model, use_gradient_checkpointing=checkpointing)
     if not checkpointing:
         _disable_checkpointing(loaded.model)
     arguments = _arguments(loaded, config, output_dir, has_eval=eval_rows is not None)
     arguments.eval_on_start = evaluate_first and eval_rows is not None
-    return _trainer_class(SFTTrainer, clock, hooks)(
+    trainer = _trainer_class(SFTTrainer, clock, hooks)(
         model=loaded.model,
         args=arguments,
         train_dataset=train_rows,
@@ -76,6 +85,15 @@ def build_trainer(
         processing_class=loaded.tokenizer,
         callbacks=callbacks,
     )
+    trainer.passes = StepPasses(
+        batch_size=arguments.per_device_train_batch_size,
+        uses_checkpointing=lambda: uses_checkpointing(loaded.model),
+        use_checkpointing=lambda: FastLanguageModel.for_training(loaded.model, use_gradient_checkpointing=True),
+        zero_gradients=lambda: loaded.model.zero_grad(set_to_none=True),
+        repaired=hooks.repaired,
+        split=split,
+    )
+    return trainer
 
 
 def _arguments(loaded: LoadedModel, config: TrainingConfig, output_dir: Path, *, has_eval: bool) -> Any:
@@ -160,8 +178,22 @@ def _trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks) -> Any:
     class ServiceTrainer(base):  # type: ignore[misc]
         """Counts eval loss by token, keeps the clock, writes no model card, never waits, ends a resumed run on time.
 
-        Evaluations change nothing but memory, and a lack of that does not end the training.
+        A lack of memory in a pass is repaired at the same optimizer step. Evaluations change nothing but memory, and a
+        lack of that does not end the training.
         """
+
+        passes: StepPasses  # set once the trainer is built
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            """The inputs of the next optimizer step."""
+            self.passes.begin_step()
+            return super().get_batch_samples(*args, **kwargs)
+
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+            """One pass as configured, in as many parts as memory asks for."""
+            hooks.beat()
+            once = super().training_step
+            return self.passes.run(inputs, lambda part: once(model, part, num_items_in_batch))
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """Nothing: the folder of a training holds results, not a web page."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unslothd.v1.training_event_pb2 import (
+    Recovery,
     TrainingCancelled,
     TrainingEvent,
     TrainingStarted,
@@ -25,12 +26,14 @@ from unslothd_server.engine.evaluation import EarlyStopping
 from unslothd_server.engine.memory import PeakMemory
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.oom import exhausted
+from unslothd_server.engine.passes import PassSplit, split_config
 from unslothd_server.engine.prepared_rows import PreparedRows, prepare_rows
 from unslothd_server.engine.receipt import FinishedRun, write_receipt
 from unslothd_server.engine.run_figures import RunFigures
 from unslothd_server.engine.step_clock import StepClock
 from unslothd_server.engine.trainer import TrainerHooks, build_trainer
-from unslothd_server.errors import UnslothdError
+from unslothd_server.errors import ExhaustedError, UnslothdError
+from unslothd_server.status import to_status
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
 
 OOM_REMEDY = (
@@ -63,7 +66,8 @@ class TrainingRun:
         self._trainer: Any = None
         self._rows: PreparedRows | None = None
         self._resume: checkpoints.ResumePoint | None = None
-        self._real_config = TrainingConfig()
+        self._configured = self._real_config = TrainingConfig()
+        self._repairs = 0
         self._weights_before: dict[str, int] = {}
         self._start_time = datetime.now(UTC)
 
@@ -120,6 +124,7 @@ class TrainingRun:
         return self._resume.step + 1 if self._resume else 1
 
     def _check_stop(self) -> None:
+        self._stop.beat()
         if self._stop.requested.is_set():
             raise _StopRequestedError
 
@@ -160,8 +165,11 @@ class TrainingRun:
                 checkpoint_written=self._checkpoint_written,
                 evaluation_over=self._evaluation_over,
                 warn=self._warn,
+                repaired=self._repaired,
+                beat=self._stop.beat,
             ),
             evaluate_first=self._evaluates_first(),
+            split=self._figures.split,
         )
 
     def _evaluates_first(self) -> bool:
@@ -173,6 +181,18 @@ class TrainingRun:
 
     def _warn(self, warning: TrainingWarning) -> None:
         self._emit(TrainingEvent(warning=warning))
+
+    def _repaired(self, split: PassSplit, error: ExhaustedError) -> None:
+        """A pass did not fit: says what was changed. The optimizer step under way is done again from its first pass."""
+        self._repairs += 1
+        self._real_config = split_config(self._configured, split)
+        recovery = Recovery(
+            cause=to_status(error),
+            resume_step=int(self._trainer.state.global_step),
+            config=self._real_config,
+            attempt=self._repairs,
+        )
+        self._emit(TrainingEvent(recovery=recovery))
 
     def _evaluation_over(self, step: int) -> None:
         self._figures.evaluations.over_step = step
@@ -191,7 +211,8 @@ class TrainingRun:
         trainer.go_on_from_interval(interval.step, interval.loss_sum)
         self._weights_before = honesty.weights_checksum(trainer.model)
         facts = readback.read_trainer(trainer, self._request.config)
-        self._real_config = facts.config
+        self._configured = facts.config
+        self._real_config = split_config(facts.config, self._figures.split)
         warnings = [
             *self._resume_warnings(),
             *rows.warnings,
@@ -202,7 +223,7 @@ class TrainingRun:
         self._emit(
             TrainingEvent(
                 started=TrainingStarted(
-                    plan=reports.plan(trainer, rows.train, rows.evaluation, facts.config, warnings),
+                    plan=reports.plan(trainer, rows.train, rows.evaluation, self._real_config, warnings),
                     engine=environment.engine_name(),
                     device=readback.device_title(self._loaded.model),
                     resumed=self._resume is not None,

@@ -92,7 +92,8 @@ class Engine(Protocol):
         """Trains to the end, or to the step boundary after `stop.requested`.
 
         `emit` takes an event of which only the kind is set, and returns once it is in the log: started, step,
-        evaluation, checkpoint_saved, warning. The worker adds the state and the terminal events.
+        evaluation, checkpoint_saved, warning, and recovery (what the engine has repaired itself). The worker adds the
+        state and the terminal events.
         Nothing is written to request.output_dir before the rows are known to be trainable.
         """
         ...

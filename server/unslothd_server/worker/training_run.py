@@ -147,6 +147,8 @@ class TrainingRun:
 
     def _emit(self, event: TrainingEvent) -> None:
         self._append(event, fsync=event.HasField("checkpoint_saved"))
+        if event.HasField("recovery"):  # the engine has repaired it and goes on at once
+            self._append(_state(Training.STATE_RUNNING))
 
     def _append(self, event: TrainingEvent, *, fsync: bool = False) -> None:
         self.stop.beat()
