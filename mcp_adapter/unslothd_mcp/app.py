@@ -32,8 +32,8 @@ _INSTRUCTIONS = (
     "Fine-tunes language models on the host of an unslothd server. The usual way: unsloth_load_model → "
     "unsloth_prepare_for_training → unsloth_plan_training (dry run) → unsloth_train → unsloth_generate → "
     "unsloth_export_model → unsloth_unload_model. Trainings run on the server and outlive a call: with wait=false "
-    "follow them by unsloth_watch_training. Results say the next_step; a failed call also has code, reason, message "
-    "and fields."
+    "follow them by unsloth_watch_training. Most results say the next_step; a failed call also has code, reason, "
+    "message and fields."
 )
 
 

@@ -164,7 +164,8 @@ async def unsloth_generate(
     )
     text = await stream.text()
     summary = plain(stream.summary) if stream.summary is not None else {}
-    return {"status": results.SUCCESS, "text": text, **summary}
+    next_step = "Call it with without_adapter=true to compare; unsloth_export_model writes files."
+    return {"status": results.SUCCESS, "text": text, **summary, "next_step": next_step}
 
 
 async def unsloth_server_info(ctx: Ctx) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Tools that start, plan and look at trainings."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import anyio
@@ -15,7 +16,7 @@ from unslothd_mcp.catalogue import ToolSpec
 from unslothd_mcp.datasets import DatasetArgument, dataset
 from unslothd_mcp.plain import Plain, moment, plain
 from unslothd_mcp.progress import StepReports
-from unslothd_mcp.session import Ctx, session_of
+from unslothd_mcp.session import Ctx, Session, session_of
 from unslothd_mcp.training_calls import OnCancel, followed, started
 
 _MAX_WAIT_SECONDS = 300.0
@@ -55,12 +56,11 @@ async def unsloth_train(
     session = session_of(ctx)
     config = options(training_config)
     budgets.check_config(session, config)
-    roots = session.settings.allowed_roots
     run = await started(
         session,
         model_id,
-        dataset(train_dataset, "train_dataset", roots),
-        None if eval_dataset is None else dataset(eval_dataset, "eval_dataset", roots),
+        await _placed(session, train_dataset, "train_dataset"),
+        None if eval_dataset is None else await _placed(session, eval_dataset, "eval_dataset"),
         row_format=row_format,
         template=template,
         request_id=request_id,
@@ -91,11 +91,10 @@ async def unsloth_plan_training(
     between ⟦ and ⟧. Defaults: no probe, 3 rows. Next: unsloth_train with the same arguments, or corrected ones.
     """
     session = session_of(ctx)
-    roots = session.settings.allowed_roots
     plan = await session.client.plan(
         model_id,
-        cast(Any, dataset(train_dataset, "train_dataset", roots)),
-        None if eval_dataset is None else dataset(eval_dataset, "eval_dataset", roots),
+        await _placed(session, train_dataset, "train_dataset"),
+        None if eval_dataset is None else await _placed(session, eval_dataset, "eval_dataset"),
         measure=measure,
         preview_rows=preview_rows,
         row_format=row_format,
@@ -192,6 +191,12 @@ def event_view(event: unslothd.TrainingEvent) -> Plain:
         "text": texts.event(event),
         "data": plain(getattr(event, kind)) if kind else {},
     }
+
+
+async def _placed(session: Session, value: object, argument: str) -> unslothd.DatasetLike:
+    """Returns a dataset; a file is stored on the server first, so that what follows is quick and sends it only once."""
+    data = dataset(value, argument, session.settings.allowed_roots)
+    return await session.client.upload_dataset(data) if isinstance(data, Path) else data
 
 
 async def _until(run: unslothd.AsyncTrainingRun, last: int, *, rests: bool) -> AsyncIterator[unslothd.TrainingEvent]:

@@ -85,6 +85,23 @@ class Beginner:
                 return
 
 
+async def a_cancelled_call_leaves_a_checkpoint(host: Agent, model_id: str) -> None:
+    endless = {"max_steps": 100_000, "save_steps": 100_000}
+    host.progress.clear()
+    async with host.calling(
+        "unsloth_train", model_id=model_id, train_dataset=[{"text": "again and again"}], training_config=endless
+    ):
+        with anyio.fail_after(60):
+            while len(host.progress) < 2:  # noqa: ASYNC110 - the SDK's client calls back, it has no event
+                await anyio.sleep(0.01)
+    (training,) = (await host.call("unsloth_list_trainings", limit=1))["trainings"]
+    end = await host.call("unsloth_watch_training", training_id=training["training_id"], max_events=500)
+    assert (end["state"], end["step"] >= 2) == ("cancelled", True)
+    (checkpoint,) = (await host.call("unsloth_get_training", training_id=training["training_id"]))["checkpoints"]
+    assert checkpoint["step"] == end["step"]
+    assert await anyio.Path(checkpoint["path"], "adapter_model.safetensors").is_file()
+
+
 async def test_a_beginner_gets_to_an_exported_adapter_by_doing_what_the_errors_say(real_server: RunningServer):
     async with agent(real_server.target) as host:
         beginner = Beginner(host)
@@ -105,6 +122,7 @@ async def test_a_beginner_gets_to_an_exported_adapter_by_doing_what_the_errors_s
         assert trained["output_dir"].endswith("/final")
         made = await host.call("unsloth_generate", model_id=model_id, prompt="What is 2", max_new_tokens=4)
         assert 1 <= made["completion_tokens"] <= 4
+        await a_cancelled_call_leaves_a_checkpoint(host, model_id)
         files = await host.call("unsloth_export_model", training_id=trained["training_id"])
         assert "adapter_model.safetensors" in {each["name"] for each in files["files"]}
         assert await anyio.Path(files["path"], "adapter_model.safetensors").is_file()

@@ -23,7 +23,7 @@ async def test_a_training_that_is_not_waited_for_is_watched_in_bounded_pieces(
         while not any(event["kind"] == "step" and event["data"]["step"] == 2 for event in seen):
             part = await host.call(
                 "unsloth_watch_training",
-                training_id=training_id, after_sequence=after, wait_seconds=30, max_events=2,
+                training_id=training_id, after_sequence=after, wait_seconds=30, max_events=1,
             )  # fmt: skip
             seen += part["events"]
             after = part["last_sequence"]
