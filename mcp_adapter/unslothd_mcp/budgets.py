@@ -55,7 +55,7 @@ async def check_accepted(session: Session, training: unslothd.Training) -> None:
     try:
         check_resolved(session, training)
     except ToolFailure:
-        await session.client.cancel(training.training_id, save_checkpoint=False)
+        await session.client.cancel(training.training_id, save_checkpoint=True)
         raise
 
 

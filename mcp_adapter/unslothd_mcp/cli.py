@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = command.parse_args(argv)
     roots = tuple(root.expanduser() for root in options.allowed_root)
     missing = [str(root) for root in roots if not root.is_dir()]
+    if roots and options.read_only:
+        command.error("--allowed-root: an adapter that is --read-only uploads no files")
     if missing:
         command.error(f"--allowed-root: {', '.join(missing)} is no folder here")
     settings = Settings(

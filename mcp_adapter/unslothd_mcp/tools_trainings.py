@@ -91,10 +91,11 @@ async def unsloth_plan_training(
     between ⟦ and ⟧. Defaults: no probe, 3 rows. Next: unsloth_train with the same arguments, or corrected ones.
     """
     session = session_of(ctx)
+    roots = session.settings.allowed_roots
     plan = await session.client.plan(
         model_id,
-        await _placed(session, train_dataset, "train_dataset"),
-        None if eval_dataset is None else await _placed(session, eval_dataset, "eval_dataset"),
+        dataset(train_dataset, "train_dataset", roots),
+        None if eval_dataset is None else dataset(eval_dataset, "eval_dataset", roots),
         measure=measure,
         preview_rows=preview_rows,
         row_format=row_format,
@@ -153,12 +154,13 @@ async def unsloth_watch_training(
     """
     client = session_of(ctx).client
     now = await client.get_training(training_id)
+    waits = wait_seconds > 0 and not _rests(now)
     events: list[Plain] = []
     reports = StepReports(ctx)
     run = client.watch(training_id, after_sequence=after_sequence)
     try:
-        with anyio.move_on_after(wait_seconds if not _rests(now) else None) as scope:
-            async for event in _until(run, now.last_sequence, rests=_rests(now) or wait_seconds == 0):
+        with anyio.move_on_after(wait_seconds if waits else None) as scope:
+            async for event in _until(run, now.last_sequence, waits=waits):
                 events.append(event_view(event))
                 await reports.take(event)
                 if len(events) >= max_events or _is_pause(event, now.last_sequence):
@@ -194,18 +196,18 @@ def event_view(event: unslothd.TrainingEvent) -> Plain:
 
 
 async def _placed(session: Session, value: object, argument: str) -> unslothd.DatasetLike:
-    """Returns a dataset; a file is stored on the server first, so that what follows is quick and sends it only once."""
+    """Returns a dataset; a file is stored on the server first, so that the start of the training is quick."""
     data = dataset(value, argument, session.settings.allowed_roots)
     return await session.client.upload_dataset(data) if isinstance(data, Path) else data
 
 
-async def _until(run: unslothd.AsyncTrainingRun, last: int, *, rests: bool) -> AsyncIterator[unslothd.TrainingEvent]:
-    """Yields events; of a training that rests only those up to the last one, without waiting for more."""
-    if rests and run.last_sequence >= last:
+async def _until(run: unslothd.AsyncTrainingRun, last: int, *, waits: bool) -> AsyncIterator[unslothd.TrainingEvent]:
+    """Yields events: those up to the last one that is there, or without an end."""
+    if not waits and run.last_sequence >= last:
         return
     async for event in run:
         yield event
-        if rests and event.sequence >= last:
+        if not waits and event.sequence >= last:
             return
 
 

@@ -13,6 +13,7 @@ from unslothd_mcp.session import Ctx, Session, session_of
 
 OnCancel: TypeAlias = Literal["cancel", "detach"]
 _CANCEL_SECONDS = 15.0
+_PAUSED = unslothd.Training.STATE_PAUSED
 
 
 async def started(
@@ -54,7 +55,7 @@ async def followed(ctx: Ctx, run: unslothd.AsyncTrainingRun, on_cancel: OnCancel
         async for event in run:
             await reports.take(event)
             if event.HasField("state_changed") and event.state_changed.state == _PAUSED:
-                raise _paused(run.training_id)
+                await _check_not_paused(session, run.training_id)
     except unslothd.TrainingCancelled:
         await budgets.check_minutes(session)
         raise
@@ -79,9 +80,8 @@ async def result_of(session: Session, training: unslothd.Training) -> results.Tr
     return results.trained(training)
 
 
-def _paused(training_id: str) -> ToolFailure:
-    text = f"{training_id} was paused: it is saved and its device is free."
-    return ToolFailure("TRAINING_PAUSED", text, details={"training_id": training_id})
-
-
-_PAUSED = unslothd.Training.STATE_PAUSED
+async def _check_not_paused(session: Session, training_id: str) -> None:
+    """Ends the wait for a training that is paused; one that was attached to may have been, and run again."""
+    if (await session.client.get_training(training_id)).state == _PAUSED:
+        text = f"{training_id} was paused: it is saved and its device is free."
+        raise ToolFailure("TRAINING_PAUSED", text, details={"training_id": training_id})

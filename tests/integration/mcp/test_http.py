@@ -85,6 +85,7 @@ async def test_five_agents_train_at_the_same_time(url: str):
         (["--http", "127.0.0.1:0", "--http-token-file", "/dev/null"], "holds no token"),
         (["--allowed-root", "/no/such/folder"], "is no folder here"),
         (["--max-steps", "0"], "at least 1"),
+        (["--read-only", "--allowed-root", "."], "uploads no files"),
     ],
 )
 def test_wrong_usage_is_refused_with_what_is_right(arguments: list[str], said: str):

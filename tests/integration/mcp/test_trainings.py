@@ -32,6 +32,8 @@ async def test_a_training_that_is_not_waited_for_is_watched_in_bounded_pieces(
             "unsloth_watch_training", training_id=training_id, after_sequence=after, wait_seconds=0.2
         )
         assert (short["events"], short["timed_out"], short["over"]) == ([], True, False)
+        there = await host.call("unsloth_watch_training", training_id=training_id, wait_seconds=0)
+        assert there["events"] == seen
         gate.open_all()
         rest = await host.call("unsloth_watch_training", training_id=training_id, after_sequence=after)
         seen += rest["events"]
@@ -83,6 +85,8 @@ async def test_a_paused_training_tells_its_waiting_call_and_goes_on_when_resumed
             "unsloth_watch_training", training_id=training_id, after_sequence=resumed["last_sequence"]
         )
         assert (end["state"], end["step"]) == ("succeeded", 4)
+        again = await host.call("unsloth_train", model_id=model_id, train_dataset=rows, request_id="p-1")
+        assert (again["training_id"], again["state"]) == (training_id, "succeeded")
 
 
 async def test_a_cancelled_training_keeps_a_checkpoint_and_ends_the_waiting_call(
