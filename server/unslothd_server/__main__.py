@@ -11,6 +11,7 @@ import structlog
 import typer
 
 from unslothd._version import __version__
+from unslothd_server import disk
 from unslothd_server.app.artifacts import Artifacts
 from unslothd_server.app.dataset_store import DatasetStore
 from unslothd_server.app.datasets import Datasets
@@ -24,6 +25,7 @@ from unslothd_server.app.service import Service
 from unslothd_server.app.training_store import TrainingStore
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.config import ConfigError, Settings, load_settings
+from unslothd_server.errors import ExhaustedError
 from unslothd_server.home_lock import HomeLock, HomeTakenError
 from unslothd_server.rpc.server import RpcServer
 from unslothd_server.workers.devices import HostDevices
@@ -112,8 +114,9 @@ def serve_command(
         raise typer.Exit(2) from None
     try:
         asyncio.run(serve(settings))
-    except (OSError, HomeTakenError) as error:
-        typer.echo(f"unslothd serve: {error}", err=True)
+    except (OSError, HomeTakenError, ExhaustedError) as error:
+        known = disk.unwritable(error, settings.home, "start again") if isinstance(error, OSError) else None
+        typer.echo(f"unslothd serve: {error if known is None else known}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -6,20 +6,19 @@ file there. A record is the event's size as a varint and the event, which is als
 `LogEntry.frame` puts that one byte before the stored bytes and has a message to send, with nothing encoded again.
 """
 
-import errno
 import io
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 from google.protobuf.proto import serialize_length_prefixed
 
-from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.training_event_pb2 import TrainingEvent
-from unslothd_server.errors import ExhaustedError
+from unslothd_server import disk
 
 EVENT_LOG_NAME = "events.binpb"
 TERMINAL_KINDS = frozenset({"succeeded", "failed", "cancelled"})
@@ -29,6 +28,7 @@ _CHUNK_BYTES = 1 << 18
 _MAX_RECORD_BYTES = 64 << 20  # a longer size can only come from a damaged file
 _MAX_SIZE_BYTES = 5  # bytes of the varint of a size up to _MAX_RECORD_BYTES, and one to spare
 _MARK_EVERY = 256  # events between two offsets that a reader remembers
+_AFTER_A_FULL_DISK = "go on with ResumeTraining, or start anew with Train if no checkpoint was saved yet"
 
 
 def is_terminal(event: TrainingEvent) -> bool:
@@ -118,6 +118,9 @@ class EventLogWriter:
 
     Args:
         path: The file; made when it does not exist, in a folder that does.
+
+    Raises:
+        ExhaustedError: The file cannot be made or written to (DISK_FULL).
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,7 +133,8 @@ class EventLogWriter:
         self._sequence = reader.last_sequence
         self._offset = reader.end_offset
         is_new = not path.exists()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with disk.telling(path.parent, _AFTER_A_FULL_DISK):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.cut_bytes = os.fstat(self._file).st_size - self._offset
         if self.cut_bytes:
             os.ftruncate(self._file, self._offset)
@@ -153,7 +157,7 @@ class EventLogWriter:
 
         Raises:
             ValueError: Its sequence is not the last one + 1.
-            ExhaustedError: The disk is full (DISK_FULL). The log is as it was.
+            ExhaustedError: The disk takes no more (DISK_FULL). The log is as it was.
         """
         if event.sequence != self._sequence + 1:
             raise ValueError(f"event {event.sequence} cannot follow event {self._sequence} in {self._path}")
@@ -165,9 +169,8 @@ class EventLogWriter:
                 os.fsync(self._file)
         except OSError as error:
             self._cut_back()
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-                raise
-            raise _disk_full(self._path) from error
+            known = disk.unwritable(error, self._path.parent, _AFTER_A_FULL_DISK)
+            raise (error if known is None else known) from error
         self._offset += record.tell()
         self._sequence = event.sequence
         self._last = event
@@ -179,7 +182,8 @@ class EventLogWriter:
             self._file = -1
 
     def _cut_back(self) -> None:
-        os.ftruncate(self._file, self._offset)
+        with suppress(OSError):  # what is left there is torn: readers stop before it, the next event goes over it
+            os.ftruncate(self._file, self._offset)
         os.lseek(self._file, self._offset, os.SEEK_SET)
 
 
@@ -214,10 +218,3 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _disk_full(path: Path) -> ExhaustedError:
-    return ExhaustedError(
-        ErrorReason.ERROR_REASON_DISK_FULL,
-        f"The disk that holds {path.parent} is full. Free some space, then start the training again.",
-    )

@@ -1,6 +1,5 @@
 """The folder of each uploaded dataset: whole or not there at all, named by the SHA-256 of its bytes."""
 
-import errno
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
 from unslothd.v1.dataset_pb2 import DataFormat, Dataset
 from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd_server import disk
 from unslothd_server.errors import ExhaustedError
 
 log = structlog.get_logger()
@@ -166,8 +166,8 @@ def dataset_id_of(sha256: str) -> str:
 
 def explained(error: OSError) -> Exception:
     """Returns what a caller is told of a disk that fails: DISK_FULL, or the error itself."""
-    if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-        return error
+    if error.errno not in disk.NO_ROOM:
+        return disk.unwritable(error, Path("The folder of the datasets"), "upload again: nothing was kept") or error
     return ExhaustedError(
         ErrorReason.ERROR_REASON_DISK_FULL,
         "The disk that holds the datasets of this server is full, so nothing of the upload was kept. Delete datasets "

@@ -35,10 +35,10 @@ class EventFeed:
         self._changed = WakeUp()
         self._interruption: UnavailableError | None = None
 
-    def publish(self, event: TrainingEvent) -> None:
-        """Shows watchers the next event; it is in the log and applied to the training already."""
+    def publish(self, event: TrainingEvent, *, in_log: bool = True) -> None:
+        """Shows watchers the next event; it is applied to the training already, and in the log if the disk took it."""
         self._recent.append(WatchTrainingResponse(event=event).SerializeToString())
-        if is_final(self._training):
+        if in_log and is_final(self._training):
             self._recent.clear()  # what is over is read from the file
         self._changed.notify()
 

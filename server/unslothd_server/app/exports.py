@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from unslothd.v1.artifact_pb2 import Artifact, ExportFormat, ExportProgress
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.service_pb2 import ExportModelRequest, ExportModelResponse
 from unslothd.worker.v1 import worker_service_pb2 as worker_pb2
+from unslothd_server import disk
 from unslothd_server.app.artifacts import Artifacts
 from unslothd_server.app.broadcast import Broadcast
 from unslothd_server.app.export_sources import (
@@ -237,8 +237,8 @@ def _cancelled(model_id: str) -> AbortedError:
 
 def _explained(error: OSError) -> Exception:
     """What a caller is told of a disk that fails: DISK_FULL, or the error itself."""
-    if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-        return error
+    if error.errno not in disk.NO_ROOM:
+        return disk.unwritable(error, Path("The folder of the export"), "export again: nothing was kept") or error
     return ExhaustedError(
         ErrorReason.ERROR_REASON_DISK_FULL,
         "The disk is full, so nothing of the export was kept. Free some space, then export again.",

@@ -1,10 +1,10 @@
 """What is kept on disk of each loaded model, so that it can be made again: after a pause, a death or a restart."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import structlog
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.message import Message
 
@@ -12,8 +12,12 @@ from unslothd.v1.model_pb2 import Model
 from unslothd.v1.service_pb2 import LoadModelRequest
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd.worker.v1 import worker_service_pb2 as worker_pb2
-from unslothd_server.app.files import write_json
+from unslothd_server import disk
+from unslothd_server.app.files import read_or_set_aside, write_json
 from unslothd_server.app.sources import ModelSource
+from unslothd_server.errors import UnslothdError
+
+log = structlog.get_logger()
 
 STATE_VERSION = 1
 
@@ -118,18 +122,32 @@ class ModelStore:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def save(self, stored: StoredModel) -> None:
-        """Replaces the file of a model in one step."""
-        write_json(self._path(stored.model.model_id), {"version": STATE_VERSION, **stored.to_json()})
+        """Replaces the file of a model in one step.
+
+        Raises:
+            ExhaustedError: The disk takes no more (DISK_FULL). The file is as it was.
+        """
+        with disk.telling(self._folder, "call again"):
+            write_json(self._path(stored.model.model_id), {"version": STATE_VERSION, **stored.to_json()})
+
+    def keep(self, stored: StoredModel) -> None:
+        """As `save`, where nobody can be refused any more: what cannot be written now is written with the next save."""
+        try:
+            self.save(stored)
+        except (UnslothdError, OSError) as error:
+            log.warning("a model's state cannot be written", model=stored.model.model_id, error=str(error))
 
     def remove(self, model_id: str) -> None:
-        """Forgets a model. Repeatable."""
-        self._path(model_id).unlink(missing_ok=True)
+        """Forgets a model. Repeatable. Of a read-only disk it comes back at the next start."""
+        try:
+            self._path(model_id).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("a model's state cannot be removed", model=model_id, error=str(error))
 
     def load_all(self) -> list[StoredModel]:
-        """Reads every model, in the order of their loading."""
-        found = [
-            StoredModel.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in self._folder.glob("*.json")
-        ]
+        """Reads every model, in the order of their loading. A file that cannot be read is set aside."""
+        read = [read_or_set_aside(path, StoredModel.from_json) for path in self._folder.glob("*.json")]
+        found = [stored for stored in read if stored is not None]
         return sorted(found, key=lambda each: each.model.load_time.ToNanoseconds())
 
     def _path(self, model_id: str) -> Path:

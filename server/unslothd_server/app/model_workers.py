@@ -112,7 +112,7 @@ class ModelWorkers:
         """The worker of a model is there and holds it."""
         entry.model.state = Model.STATE_READY if entry.stored.prepare is None else Model.STATE_PREPARED
         entry.stored.suspended = False
-        self._store.save(entry.stored)
+        self._store.keep(entry.stored)
         assert entry.worker is not None
         entry.watch = asyncio.create_task(self._watch_over(entry, entry.worker), name=f"watch over {entry.model_id}")
 

@@ -127,7 +127,7 @@ class Models:
             entry.progress.close()
             return
         try:
-            self._in_background(self._load(entry, token="", keep_failed=True), entry)
+            self._in_background(self._load(entry, token="", keep_failed=True))
         except UnslothdError as error:
             entry.model.state, entry.failure = Model.STATE_FAILED, error
             entry.progress.close(error)
@@ -202,9 +202,12 @@ class Models:
             digest=digest,
         )
         entry = LoadedModel(stored)
-        loading = self._load(entry, token=request.token, keep_failed=False)
-        self._in_background(loading, entry)
-        self._store.save(stored)
+        self._store.save(stored)  # before anything runs that a server which dies now would not know of
+        try:
+            self._in_background(self._load(entry, token=request.token, keep_failed=False))
+        except UnslothdError:
+            self._store.remove(entry.model_id)
+            raise
         self._models[entry.model_id] = entry
         self._requests.remember(request.request_id, digest, entry)
         return entry
@@ -237,7 +240,7 @@ class Models:
 
         return asyncio.create_task(see_end(), name=f"load {entry.model_id}")
 
-    def _in_background(self, task: "asyncio.Task[None]", entry: LoadedModel) -> None:
+    def _in_background(self, task: "asyncio.Task[None]") -> None:
         self._loads.add(task)
         task.add_done_callback(self._loads.discard)
 
@@ -336,7 +339,7 @@ class Models:
         """Frees the device of a model whose training is paused; `working` brings it back."""
         entry.model.state = Model.STATE_SUSPENDED
         entry.stored.suspended = True
-        self._store.save(entry.stored)
+        self._store.keep(entry.stored)
         await self._workers.put_away(entry)
 
     def start_from(self, entry: LoadedModel, folder: Path) -> None:
@@ -344,7 +347,7 @@ class Models:
         prepare = entry.stored.prepare
         if prepare is not None and prepare.weights_from != str(folder):
             prepare.weights_from = str(folder)
-            self._store.save(entry.stored)
+            self._store.keep(entry.stored)
 
     def found_or_restored(self, stored: StoredModel) -> LoadedModel:
         """Returns the model that a training ran on, or enters it again, suspended, as it was then.
@@ -383,7 +386,7 @@ class Models:
             if self._models.get(model_id) is not entry:  # another caller was faster
                 return 0
             entry.stored.unloading = True
-            self._store.save(entry.stored)
+            self._store.keep(entry.stored)
             if entry.bringing_up is not None:
                 entry.bringing_up.cancel()
                 await asyncio.wait([entry.bringing_up])

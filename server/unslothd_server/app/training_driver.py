@@ -80,7 +80,7 @@ class TrainingDriver:
         await tell(run)
         await self._follow(entry, worker, run)
         run.worker = None
-        run.save()
+        run.keep()
 
     async def _follow(self, entry: LoadedModel, worker: Worker, run: TrainingRun) -> None:
         """Takes the events as they come, up to the last one.
@@ -163,15 +163,15 @@ class TrainingDriver:
         assignment.resume_from_checkpoint = folders[0] if folders else ""
         del assignment.fallback_checkpoints[:]
         assignment.fallback_checkpoints.extend(folders[1:])
-        run.save()
+        run.keep()  # it is worked out anew at every hand-over
 
     async def _after(self, error: Exception, entry: LoadedModel, run: TrainingRun) -> None:
         """Decides what becomes of a training whose worker ended otherwise than by its last event."""
         known = _known(error, run.training_id)
-        run.worker = None
         recoverable = known.reason in _RECOVERABLE
-        if recoverable:
+        if recoverable or await self._still_trains(run):
             await self._models.lose(entry)  # from here on nobody else writes the log
+        run.worker = None
         run.catch_up()
         if run.is_halted or self._models.is_closing:
             return
@@ -181,11 +181,18 @@ class TrainingDriver:
             else:
                 self._recover_or_end(run, known, recoverable=recoverable and not entry.stored.unloading)
         except (UnslothdError, OSError):
-            # Its watchers and its model are not kept waiting for a disk; the next start ends the log.
             log.exception("the end of a training could not be written", training=run.training_id)
-            failed = TrainingEvent(failed=TrainingFailed(error=to_status(known)), training_id=run.training_id)
-            failed.sequence = run.training.last_sequence + 1
-            run.take(failed)
+            run.show_unwritten(TrainingEvent(failed=TrainingFailed(error=to_status(known))))
+
+    async def _still_trains(self, run: TrainingRun) -> bool:
+        """True when the worker may go on with a training that its server gives up."""
+        if run.worker is None:
+            return False
+        try:
+            status = await run.worker.status()
+        except UnslothdError:
+            return True
+        return status.training_active and status.training_id == run.training_id
 
     def _recover_or_end(self, run: TrainingRun, cause: UnslothdError, *, recoverable: bool) -> None:
         attempt = run.recoveries.without_progress + 1
@@ -194,7 +201,7 @@ class TrainingDriver:
             run.append(TrainingEvent(recovery=_recovery(run, cause, attempt)))
         else:
             run.append(TrainingEvent(failed=TrainingFailed(error=to_status(cause))))
-        run.save()
+        run.keep()
 
     async def _leave(self, entry: LoadedModel, run: TrainingRun) -> None:
         """What a training that is over or paused means for its model."""
@@ -226,7 +233,7 @@ def halt(run: TrainingRun) -> None:
         run.append(TrainingEvent(cancelled=TrainingCancelled(step=run.training.step)))
     else:
         run.append(state_changed(Training.STATE_PAUSED))
-    run.save()
+    run.keep()
 
 
 async def tell(run: TrainingRun) -> None:

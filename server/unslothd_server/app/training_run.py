@@ -5,13 +5,18 @@ import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import structlog
+
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import Checkpoint, Training
 from unslothd_server.app.event_feed import EventFeed
 from unslothd_server.app.ports import Worker
 from unslothd_server.app.training_state import Recoveries, apply, is_final, now, reset
 from unslothd_server.app.training_store import StopWish, StoredTraining, TrainingStore
+from unslothd_server.errors import UnslothdError
 from unslothd_server.event_log import EventLogReader, EventLogWriter
+
+log = structlog.get_logger()
 
 
 @dataclass
@@ -26,6 +31,7 @@ class TrainingRun:
         worker: The worker that has it; None while none does. Only then the server may write its log.
         recoveries: How often it was repaired since it last got further.
         queued_at: When it last entered the queue, in nanoseconds since 1970.
+        unwritten: Events that were shown although the disk did not take them; they go into the log before the next one.
     """
 
     stored: StoredTraining
@@ -35,14 +41,15 @@ class TrainingRun:
     worker: Worker | None = None
     recoveries: Recoveries = field(default_factory=Recoveries)
     queued_at: int = 0
+    unwritten: list[TrainingEvent] = field(default_factory=list[TrainingEvent])
 
     @classmethod
     def of(cls, stored: StoredTraining, store: TrainingStore) -> "TrainingRun":
         """Returns the run of a training on disk, brought up to date by its event log."""
-        log = store.event_log(stored.training.training_id)
-        run = cls(stored, store, EventFeed(stored.training, log))
+        path = store.event_log(stored.training.training_id)
+        run = cls(stored, store, EventFeed(stored.training, path))
         reset(stored.training)  # the log is the truth, not what was last saved beside it
-        for entry in EventLogReader(log).read():
+        for entry in EventLogReader(path).read():
             run._apply(entry.event)
         if run.is_halted:
             run.over.set()
@@ -82,7 +89,7 @@ class TrainingRun:
         """Keeps on disk how it is to stop, so that a restart does not forget it. A cancel is not taken back."""
         if self.stored.wish.weight < wish.weight:
             self.stored.wish = wish
-            self.save()
+            self.keep()
 
     def checkpoints_on_disk(self) -> list[Checkpoint]:
         """Its checkpoints whose folders are still there, newest first."""
@@ -92,22 +99,38 @@ class TrainingRun:
     # --- its log ---
 
     def append(self, event: TrainingEvent) -> None:
-        """Writes an event of the server's own; only while no worker has the training."""
+        """Writes an event of the server's own; only while no worker has the training.
+
+        Raises:
+            ExhaustedError: The disk takes no more (DISK_FULL). Nothing was shown.
+        """
+        self._number(event)
+        with contextlib.closing(EventLogWriter(self.store.event_log(self.training_id))) as writer:
+            while self.unwritten:
+                writer.append(self.unwritten[0], fsync=True)
+                self.unwritten.pop(0)
+            writer.append(event, fsync=True)
+        self.take(event)
+
+    def show_unwritten(self, event: TrainingEvent) -> None:
+        """Shows an event that the disk does not take, so that watchers and the queue are not kept waiting for it."""
+        self._number(event)
+        self.unwritten.append(event)
+        self.take(event)
+
+    def _number(self, event: TrainingEvent) -> None:
         event.sequence = self.training.last_sequence + 1
         event.training_id = self.training_id
         event.event_time.CopyFrom(now())
-        with contextlib.closing(EventLogWriter(self.store.event_log(self.training_id))) as log:
-            log.append(event, fsync=True)
-        self.take(event)
 
     def take(self, event: TrainingEvent) -> None:
-        """Shows an event that is in the log; one that was shown before is skipped."""
+        """Shows the next event; one that was shown before is skipped."""
         if event.sequence <= self.training.last_sequence:
             return
         self._apply(event)
         if event.HasField("started"):
             self.stored.resume_at_most = 0  # the checkpoints after the chosen one are gone
-        self.feed.publish(event)
+        self.feed.publish(event, in_log=not self.unwritten)
         if self.is_halted:
             self.over.set()
         else:
@@ -126,5 +149,16 @@ class TrainingRun:
             self.take(entry.event)
 
     def save(self) -> None:
-        """Keeps everything but the log, which keeps itself."""
+        """Keeps everything but the log, which keeps itself.
+
+        Raises:
+            ExhaustedError: The disk takes no more (DISK_FULL).
+        """
         self.store.save(self.stored)
+
+    def keep(self) -> None:
+        """As `save`, where nobody can be refused any more: what cannot be written now is written with the next save."""
+        try:
+            self.save()
+        except (UnslothdError, OSError) as error:
+            log.warning("a training's state cannot be written", training=self.training_id, error=str(error))

@@ -1,7 +1,5 @@
 """The folder of each training: what was asked, its event log, and its place on disk among the results."""
 
-import errno
-import json
 import secrets
 import shutil
 from collections.abc import Generator, Iterable
@@ -18,9 +16,10 @@ from unslothd.v1.dataset_pb2 import DataFormat, DatasetSource
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.training_pb2 import Training
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.app.files import write_json
+from unslothd_server import disk
+from unslothd_server.app.files import read_or_set_aside, write_json
 from unslothd_server.app.model_store import StoredModel
-from unslothd_server.errors import AlreadyExistsError, ExhaustedError
+from unslothd_server.errors import AlreadyExistsError, UnslothdError
 from unslothd_server.event_log import EVENT_LOG_NAME
 
 STATE_VERSION = 2  # 1 had no model, wish and resume_at_most
@@ -155,17 +154,16 @@ class TrainingStore:
             digest: SHA-256 of the request.
 
         Raises:
-            ExhaustedError: The disk is full (DISK_FULL). Nothing of the training stays.
+            ExhaustedError: The disk takes no more (DISK_FULL). Nothing of the training stays.
         """
         folder = self.folder_of(draft.training.training_id)
         try:
-            folder.mkdir(mode=0o700)
-            stored = StoredTraining(draft.training, _with_rows(draft, folder), digest, draft.model)
-            self.save(stored)
-        except OSError as error:
+            with disk.telling(self._folder, "call again: the training was not accepted"):
+                folder.mkdir(mode=0o700)
+                stored = StoredTraining(draft.training, _with_rows(draft, folder), digest, draft.model)
+                self.save(stored)
+        except (UnslothdError, OSError):
             self.remove(draft.training.training_id)
-            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                raise _disk_full(self._folder) from error
             raise
         return stored
 
@@ -184,7 +182,11 @@ class TrainingStore:
         shutil.rmtree(self.folder_of(training_id), ignore_errors=True)
 
     def save(self, stored: StoredTraining) -> None:
-        """Replaces training.json in one step."""
+        """Replaces training.json in one step.
+
+        Raises:
+            ExhaustedError: The disk takes no more (DISK_FULL). The file is as it was.
+        """
         content = {
             "version": STATE_VERSION,
             "digest": stored.digest,
@@ -195,15 +197,16 @@ class TrainingStore:
             "resume_at_most": stored.resume_at_most,
             "resume_on_start": stored.resume_on_start,
         }
-        write_json(self.folder_of(stored.training.training_id) / "training.json", content)
+        with disk.telling(self._folder, "call again"):
+            write_json(self.folder_of(stored.training.training_id) / "training.json", content)
 
     def load_all(self) -> list[StoredTraining]:
-        """Reads every training, oldest first."""
-        return [_read(path) for path in sorted(self._folder.glob("*/training.json"))]
+        """Reads every training, oldest first. A file that cannot be read is set aside."""
+        read = [read_or_set_aside(path, _parsed) for path in sorted(self._folder.glob("*/training.json"))]
+        return [stored for stored in read if stored is not None]
 
 
-def _read(path: Path) -> StoredTraining:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def _parsed(content: dict[str, Any]) -> StoredTraining:
     model = content.get("model")
     return StoredTraining(
         training=ParseDict(content["training"], Training(), ignore_unknown_fields=True),
@@ -244,13 +247,6 @@ def without_inline_rows(source: DatasetSource) -> DatasetSource:
     if result.WhichOneof("origin") == "inline":
         result.inline.ClearField("data")
     return result
-
-
-def _disk_full(folder: Path) -> ExhaustedError:
-    return ExhaustedError(
-        ErrorReason.ERROR_REASON_DISK_FULL,
-        f"The disk that holds {folder} is full, so the training was not accepted. Free some space, then call again.",
-    )
 
 
 def _has_content(folder: Path) -> bool:
