@@ -2,20 +2,26 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx2
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters, stdio_client
+from mcp.client.streamable_http import streamable_http_client
 from mcp_types import CallToolResult
 
 import unslothd
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
+from support.running_server import STOP_SECONDS
 from support.waiting import wait_until
 from unslothd_mcp.app import Adapter
 from unslothd_mcp.session import Session
@@ -86,6 +92,36 @@ async def agent(target: str, *arguments: str, mode: str = "auto", **options: Any
         options: Of the SDK's client.
     """
     async with Client(stdio_client(adapter(target, *arguments)), mode=mode, **options) as client:
+        yield Agent(client)
+
+
+@contextmanager
+def http_adapter(target: str, token_file: Path) -> Iterator[str]:
+    """Starts an adapter that serves by HTTP, and ends it; yields its URL.
+
+    Args:
+        target: The unslothd server.
+        token_file: Its bearer tokens.
+    """
+    start = adapter(target, "--http", "127.0.0.1:0", "--http-token-file", str(token_file))
+    with subprocess.Popen([start.command, *start.args], env=start.env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()
+            ended = process.wait(STOP_SECONDS)
+        assert ended in (0, -signal.SIGTERM)
+
+
+@asynccontextmanager
+async def http_agent(url: str, token: str, mode: str) -> AsyncIterator[Agent]:
+    """Connects an agent to an adapter by HTTP."""
+    headers = {"Authorization": f"Bearer {token}"}
+    async with (
+        httpx2.AsyncClient(headers=headers, timeout=CALL_SECONDS) as http,
+        Client(streamable_http_client(url, http_client=http), mode=mode) as client,
+    ):
         yield Agent(client)
 
 

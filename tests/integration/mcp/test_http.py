@@ -2,17 +2,14 @@
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 
 import anyio
 import httpx2
 import pytest
-from mcp.client import Client
-from mcp.client.streamable_http import streamable_http_client
 
-from support.mcp_agents import Agent, adapter
-from support.running_server import STOP_SECONDS, RunningServer
+from support.mcp_agents import adapter, http_adapter, http_agent
+from support.running_server import RunningServer
 
 pytestmark = pytest.mark.anyio
 TOKEN = "let-me-in"
@@ -22,28 +19,13 @@ TOKEN = "let-me-in"
 def url(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     tokens = tmp_path_factory.mktemp("tokens") / "tokens.txt"
     tokens.write_text(f"# agents\nanother\n{TOKEN}\n")
-    start = adapter(server.target, "--http", "127.0.0.1:0", "--http-token-file", str(tokens))
-    command = [start.command, *start.args]
-    with subprocess.Popen(command, env=start.env, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().split()[-1]
-        process.terminate()
-        assert process.wait(STOP_SECONDS) in (0, -15)
-
-
-@asynccontextmanager
-async def connected(url: str, mode: str) -> AsyncIterator[Agent]:
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    async with (
-        httpx2.AsyncClient(headers=headers, timeout=60) as http,
-        Client(streamable_http_client(url, http_client=http), mode=mode) as client,
-    ):
-        yield Agent(client)
+    with http_adapter(server.target, tokens) as address:
+        yield address
 
 
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
 async def test_the_whole_job_runs_with_live_progress(url: str, mode: str):
-    async with connected(url, mode) as host:
+    async with http_agent(url, TOKEN, mode) as host:
         loaded = await host.call("unsloth_load_model", model_name="tiny")
         config = {"max_steps": 5}
         await host.call("unsloth_prepare_for_training", model_id=loaded["model_id"], training_config=config)
@@ -61,7 +43,7 @@ async def test_nobody_is_let_in_without_a_token(url: str, headers: dict[str, str
 
 async def test_five_agents_train_at_the_same_time(url: str):
     async def job(mode: str) -> None:
-        async with connected(url, mode) as host:
+        async with http_agent(url, TOKEN, mode) as host:
             loaded = await host.call("unsloth_load_model", model_name="tiny")
             await host.call("unsloth_prepare_for_training", model_id=loaded["model_id"])
             host.progress.clear()

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from support.mcp_agents import Agent, agent
+from support.mcp_agents import Agent, agent, http_adapter, http_agent
 from support.running_server import RunningServer
 from support.tiny_model import build_tiny_llama
 
@@ -102,7 +102,26 @@ async def a_cancelled_call_leaves_a_checkpoint(host: Agent, model_id: str) -> No
     assert await anyio.Path(checkpoint["path"], "adapter_model.safetensors").is_file()
 
 
-async def test_a_beginner_gets_to_an_exported_adapter_by_doing_what_the_errors_say(real_server: RunningServer):
+async def every_way_to_connect_trains(server: RunningServer, model_id: str, folder: Path) -> None:
+    (folder / "tokens.txt").write_text("let-me-in")
+
+    async def train(host: Agent) -> None:
+        config = {"max_steps": 2}
+        rows = [{"text": "again and again"}]
+        await host.call("unsloth_train", model_id=model_id, train_dataset=rows, training_config=config)
+        assert [done for done, _, _ in host.progress] == [1, 2]
+
+    async with agent(server.target, mode="legacy") as host:
+        await train(host)
+    with http_adapter(server.target, folder / "tokens.txt") as url:
+        for mode in ("auto", "legacy"):
+            async with http_agent(url, "let-me-in", mode) as host:
+                await train(host)
+
+
+async def test_a_beginner_gets_to_an_exported_adapter_by_doing_what_the_errors_say(
+    real_server: RunningServer, tmp_path: Path
+):
     async with agent(real_server.target) as host:
         beginner = Beginner(host)
         trained = await beginner.wants("unsloth_train")
@@ -123,6 +142,7 @@ async def test_a_beginner_gets_to_an_exported_adapter_by_doing_what_the_errors_s
         made = await host.call("unsloth_generate", model_id=model_id, prompt="What is 2", max_new_tokens=4)
         assert 1 <= made["completion_tokens"] <= 4
         await a_cancelled_call_leaves_a_checkpoint(host, model_id)
+        await every_way_to_connect_trains(real_server, model_id, tmp_path)
         files = await host.call("unsloth_export_model", training_id=trained["training_id"])
         assert "adapter_model.safetensors" in {each["name"] for each in files["files"]}
         assert await anyio.Path(files["path"], "adapter_model.safetensors").is_file()
