@@ -7,8 +7,10 @@ plan with and one without it, on the smallest number of rows.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,8 +42,8 @@ def _turns(number: int, pairs: int) -> list[Row]:
 
 def measure(options: argparse.Namespace) -> Figures:
     """Plans every layout at every size."""
-    with tempfile.TemporaryDirectory() as folder:
-        # Unsloth writes a cache into the working directory.
+    # Unsloth prints to stdout, where only the figures belong, and writes a cache into the working directory.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         os.chdir(folder)
         return _measure(Path(folder), options.rows)
 
