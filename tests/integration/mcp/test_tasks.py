@@ -105,11 +105,15 @@ async def test_a_failed_training_is_a_task_with_an_error_result(server: RunningS
         assert done["result"]["structuredContent"]["reason"] == "DISK_FULL"
 
 
-async def test_a_call_that_does_not_wait_or_is_refused_is_answered_at_once(server: RunningServer, model_id: str):
+async def test_a_call_that_does_not_wait_or_is_refused_is_answered_at_once(
+    server: RunningServer, model_id: str, gate: StepGate
+):
     async with host_with_tasks(server.target) as host:
-        started = await host.call("unsloth_train", model_id=model_id, train_dataset=[{"text": "a"}], wait=False)
+        rows = [scripted_row(gate=str(gate))]
+        started = await host.call("unsloth_train", model_id=model_id, train_dataset=rows, wait=False)
         assert started["metrics"] is None
-        assert (await host.error("unsloth_train", model_id="nobody", train_dataset=[]))["reason"]
+        error = await host.error("unsloth_train", model_id="nobody", train_dataset=[{"text": "a"}])
+        assert error["reason"] == "MODEL_NOT_FOUND"
 
 
 async def test_a_task_that_is_not_there_is_refused(server: RunningServer):
