@@ -1,6 +1,6 @@
-// Command train fine-tunes a model on rows that the server can read, and prints every step.
+// Command train fine-tunes a model on a few rows, and prints every step.
 //
-//	go run ./examples/train -target localhost:50051 -model my-model -dataset-path rows.jsonl
+//	go run ./examples/train -model my-model
 package main
 
 import (
@@ -8,105 +8,112 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"log"
 	"os"
 	"os/signal"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/proto"
 
-	unslothdv1 "github.com/unslothd/unslothd/clients/go/gen/unslothd/v1"
+	pb "github.com/unslothd/unslothd/clients/go/gen/unslothd/v1"
+	"github.com/unslothd/unslothd/clients/go/unslothd"
 )
 
+type row struct {
+	Prompt     string `json:"prompt"`
+	Completion string `json:"completion"`
+}
+
 func main() {
-	target := flag.String("target", "localhost:50051", "address of the server")
+	log.SetFlags(0)
+	target := flag.String("target", "", "address of the server (default $UNSLOTHD_TARGET, else "+unslothd.DefaultTarget+")")
 	model := flag.String("model", "", "Hub id, or a folder or .gguf file below a model root of the server")
-	dataset := flag.String("dataset-path", "", "file or folder of rows below a model root of the server")
-	steps := flag.Int("max-steps", 20, "optimizer steps")
+	path := flag.String("dataset-path", "", "file of rows below a model root of the server (default: a few rows of its own)")
+	steps := flag.Int("max-steps", 5, "optimizer steps")
 	flag.Parse()
-	if *model == "" || *dataset == "" {
+	if *model == "" {
 		flag.Usage()
 		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := run(ctx, *target, *model, *dataset, int32(*steps)); err != nil {
-		log.Fatal(err)
+	if err := run(ctx, *target, *model, *path, int32(*steps)); err != nil {
+		explain(err)
 	}
 }
 
-func run(ctx context.Context, target, modelName, datasetPath string, maxSteps int32) error {
-	// The server listens without TLS on its own host only; elsewhere, give real credentials here.
-	connection, err := grpc.NewClient(target, grpc.WithTransportCredentials(insecure.NewCredentials()))
+func run(ctx context.Context, target, modelName, path string, maxSteps int32) error {
+	client, err := unslothd.New(target)
 	if err != nil {
 		return err
 	}
-	defer connection.Close()
-	client := unslothdv1.NewUnslothServiceClient(connection)
-
-	model, err := load(ctx, client, modelName)
+	defer client.Close()
+	dataset, err := rows(path)
 	if err != nil {
-		return fmt.Errorf("load: %w", err)
+		return err
 	}
-	prepared, err := client.PrepareForTraining(ctx, &unslothdv1.PrepareForTrainingRequest{
-		ModelId:        model.GetModelId(),
-		TrainingConfig: &unslothdv1.TrainingConfig{MaxSteps: proto.Int32(maxSteps)},
+
+	model, err := client.LoadModel(ctx, &pb.LoadModelRequest{ModelName: modelName}, func(progress *pb.LoadProgress) {
+		fmt.Println("load:", progress.GetPhase())
 	})
 	if err != nil {
-		return fmt.Errorf("prepare: %w", err)
+		return err
+	}
+	prepared, err := client.Prepare(ctx, &pb.PrepareForTrainingRequest{ModelId: model.GetModelId()})
+	if err != nil {
+		return err
 	}
 	fmt.Printf("%d of %d parameters are trained\n", prepared.GetModel().GetTrainableParams(), model.GetTotalParams())
 
-	events, err := client.Train(ctx, &unslothdv1.TrainRequest{
-		ModelId:      model.GetModelId(),
-		TrainDataset: &unslothdv1.DatasetSource{Origin: &unslothdv1.DatasetSource_Path{Path: datasetPath}},
+	training, err := client.Train(ctx, &pb.TrainRequest{
+		ModelId:        model.GetModelId(),
+		TrainDataset:   dataset,
+		TrainingConfig: &pb.TrainingConfig{MaxSteps: proto.Int32(maxSteps)},
 	})
 	if err != nil {
-		return fmt.Errorf("train: %w", err)
+		return err
 	}
-	for {
-		response, err := events.Recv()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
+	for event, err := range training.Events() {
 		if err != nil {
-			return fmt.Errorf("train: %w", err)
+			return err
 		}
-		show(response.GetEvent())
+		show(event)
 	}
+	return nil
 }
 
-func load(ctx context.Context, client unslothdv1.UnslothServiceClient, name string) (*unslothdv1.Model, error) {
-	stream, err := client.LoadModel(ctx, &unslothdv1.LoadModelRequest{ModelName: name})
-	if err != nil {
-		return nil, err
+func rows(path string) (*pb.DatasetSource, error) {
+	if path != "" {
+		return unslothd.ServerPath(path), nil
 	}
-	for {
-		response, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			return nil, errors.New("the stream ended without a model")
-		}
-		if err != nil {
-			return nil, err
-		}
-		if model := response.GetModel(); model != nil {
-			return model, nil
-		}
-		fmt.Println(response.GetProgress().GetPhase())
-	}
+	return unslothd.Rows(
+		row{"What colour is the sky?", "Blue."},
+		row{"What colour is grass?", "Green."},
+		row{"What colour is snow?", "White."},
+	)
 }
 
-func show(event *unslothdv1.TrainingEvent) {
+func show(event *pb.TrainingEvent) {
 	switch kind := event.GetKind().(type) {
-	case *unslothdv1.TrainingEvent_Step:
+	case *pb.TrainingEvent_Step:
 		step := kind.Step
 		fmt.Printf("step %d/%d  loss %.4f  %.0f tokens/s\n",
 			step.GetStep(), step.GetTotalSteps(), step.GetLoss(), step.GetTokensPerSecond())
-	case *unslothdv1.TrainingEvent_Warning:
+	case *pb.TrainingEvent_Warning:
 		fmt.Println("warning:", kind.Warning.GetMessage())
-	case *unslothdv1.TrainingEvent_Succeeded:
+	case *pb.TrainingEvent_Succeeded:
 		fmt.Println("the adapter is in", kind.Succeeded.GetOutputDir())
 	}
+}
+
+func explain(err error) {
+	var failure *unslothd.Error
+	if errors.As(err, &failure) {
+		for _, violation := range failure.FieldViolations {
+			log.Printf("%s: %s", violation.Field, violation.Description)
+		}
+	}
+	if errors.Is(err, unslothd.Unavailable) {
+		log.Println("Is the server running? Start one with: unslothd serve --model-root DIR")
+	}
+	log.Fatal(err)
 }
