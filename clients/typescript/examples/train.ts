@@ -1,22 +1,17 @@
 /**
- * Fine-tunes a model on rows that the server can read, and prints every step.
+ * Fine-tunes a model on a few rows, and prints every step.
  *
- *   npm run build && node dist/examples/train.js --model my-model --dataset-path rows.jsonl
+ *   npm run example -- --model my-model
  */
 import { parseArgs } from "node:util";
 
-import { Code, ConnectError, createClient, type Client } from "@connectrpc/connect";
-import { createGrpcTransport } from "@connectrpc/connect-node";
+import { Client, LoadProgress_Phase, rows, serverPath, UnslothdError, type TrainingEvent } from "../src/index.js";
 
-import { ErrorInfoSchema, LoadProgress_Phase, UnslothService, type Model, type TrainingEvent } from "../src/index.js";
-
-async function load(client: Client<typeof UnslothService>, modelName: string): Promise<Model> {
-  for await (const { result } of client.loadModel({ modelName })) {
-    if (result.case === "model") return result.value;
-    if (result.case === "progress") console.log(LoadProgress_Phase[result.value.phase]);
-  }
-  throw new Error("the stream ended without a model");
-}
+const ROWS = [
+  { prompt: "What colour is the sky?", completion: "Blue." },
+  { prompt: "What colour is grass?", completion: "Green." },
+  { prompt: "What colour is snow?", completion: "White." },
+];
 
 function show({ kind }: TrainingEvent): void {
   switch (kind.case) {
@@ -37,33 +32,37 @@ function show({ kind }: TrainingEvent): void {
 async function main(): Promise<void> {
   const { values } = parseArgs({
     options: {
-      target: { type: "string", default: "http://localhost:50051" },
+      target: { type: "string", default: "" },
       model: { type: "string" },
       "dataset-path": { type: "string" },
-      "max-steps": { type: "string", default: "20" },
+      "max-steps": { type: "string", default: "5" },
     },
   });
-  const path = values["dataset-path"];
-  if (values.model === undefined || path === undefined) {
-    throw new Error("give --model and --dataset-path");
-  }
-  const client = createClient(UnslothService, createGrpcTransport({ baseUrl: values.target }));
-  const model = await load(client, values.model);
-  const prepared = await client.prepareForTraining({
-    modelId: model.modelId,
-    trainingConfig: { maxSteps: Number(values["max-steps"]) },
-  });
-  console.log(`${prepared.model?.trainableParams} of ${model.totalParams} parameters are trained`);
-  const request = { modelId: model.modelId, trainDataset: { origin: { case: "path", value: path } } } as const;
-  for await (const { event } of client.train(request)) {
-    if (event) show(event);
+  if (values.model === undefined) throw new Error("give --model: a Hub id, or a folder below a model root of the server");
+  const client = new Client(values.target);
+  try {
+    const model = await client.loadModel(
+      { modelName: values.model },
+      { onProgress: ({ phase }) => console.log(`load: ${LoadProgress_Phase[phase]}`) },
+    );
+    const prepared = await client.prepare({ modelId: model.modelId });
+    console.log(`${prepared.model?.trainableParams} of ${model.totalParams} parameters are trained`);
+    const path = values["dataset-path"];
+    const training = await client.train({
+      modelId: model.modelId,
+      trainDataset: path === undefined ? rows(ROWS) : serverPath(path),
+      trainingConfig: { maxSteps: Number(values["max-steps"]) },
+    });
+    for await (const event of training) show(event);
+  } finally {
+    client.close();
   }
 }
 
-main().catch((thrown: unknown) => {
-  const error = ConnectError.from(thrown);
+main().catch((error: unknown) => {
+  if (!(error instanceof UnslothdError)) throw error;
   // The reason is the stable name of the cause; the text says what to do next.
-  const reason = error.findDetails(ErrorInfoSchema)[0]?.reason ?? Code[error.code];
-  console.error(thrown instanceof ConnectError ? `${reason}: ${error.rawMessage}` : error.rawMessage);
+  console.error(`${error.reason || error.kind}: ${error.message}`);
+  for (const { field, description } of error.fieldViolations) console.error(`${field}: ${description}`);
   process.exitCode = 1;
 });

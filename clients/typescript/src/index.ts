@@ -1,11 +1,13 @@
-/** The contract of unslothd in TypeScript: every message, and the service for `createClient` of @connectrpc/connect. */
-export * from "../gen/unslothd/v1/artifact_pb.js";
-export * from "../gen/unslothd/v1/dataset_pb.js";
-export * from "../gen/unslothd/v1/error_reason_pb.js";
-export * from "../gen/unslothd/v1/generation_pb.js";
-export * from "../gen/unslothd/v1/model_pb.js";
-export * from "../gen/unslothd/v1/server_info_pb.js";
-export * from "../gen/unslothd/v1/service_pb.js";
-export * from "../gen/unslothd/v1/training_event_pb.js";
-export * from "../gen/unslothd/v1/training_pb.js";
-export { BadRequestSchema, ErrorInfoSchema } from "../gen/google/rpc/error_details_pb.js";
+/**
+ * A client of unslothd, fine-tuning as a service.
+ *
+ * `Client` is where to begin; requests and answers are the messages of the contract, exported here, too. The names and
+ * rules are those of the clients in Python and Go: docs/clients.md shows them side by side.
+ */
+export { Client, DEFAULT_TARGET, type CallOptions, type ClientOptions, type TlsOptions } from "./client.js";
+export { hubDataset, rows, serverPath, uploadedDataset, type UploadOptions, type UploadProgress } from "./dataset.js";
+export type { DownloadOptions, DownloadProgress } from "./download.js";
+export { UnslothdError, type FieldViolation, type Kind } from "./errors.js";
+export type { TextStream } from "./generate.js";
+export type { TrainingRun } from "./training.js";
+export * from "./contract.js";
