@@ -60,6 +60,11 @@ demo: $(READY) ## fine-tune a real model on this machine, watched live
 bench: $(READY) ## measure what the service costs
 	@.venv/bin/python benchmarks/run.py
 
+# Its options: make chaos CHAOS_ARGS="--seed 2 --trainings 3"
+.PHONY: chaos
+chaos: $(READY) ## kill servers and workers under real trainings, and check that nothing is lost
+	@PYTHONPATH=tests:server:clients/python .venv/bin/python -m chaos $(CHAOS_ARGS)
+
 .PHONY: generate
 generate: $(GENERATE_READY) $(NODE_READY) toolchain ## write the stubs of every language
 	@.venv-generate/bin/python scripts/generate.py

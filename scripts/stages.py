@@ -6,6 +6,7 @@ last line is the count of all tests.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -62,13 +63,24 @@ def test() -> dict[str, tuple[list[str], Path]]:
     """Stages that run code: name → command and folder. Names start with "test", their outcomes are counted."""
     pytest = [PYTHON, "-m", "pytest"]
     typescript = ROOT / "clients" / "typescript"
+    # Real servers with scripted workers: they wait more than they compute.
+    scripted = [f"tests/integration/{name}" for name in ("server", "worker", "mcp", "test_demo_pieces.py")]
     return {
-        "test go": (["go", "test", "-v", "./..."], ROOT / "clients" / "go"),
+        "test go": (["go", "test", "-v", *race_detector(), "./..."], ROOT / "clients" / "go"),
         "test typescript": (["npm", "test", "--silent"], typescript),
         "test unit": ([*pytest, "-n", "2", "--dist", "loadfile", "tests/unit"], ROOT),
-        # One at a time: each starts real workers that want both cores.
-        "test integration": ([*pytest, "-m", "not gpu", "tests/integration"], ROOT),
+        "test server": ([*pytest, "-n", "2", "--dist", "loadfile", *scripted], ROOT),
+        # One at a time: real Unsloth wants both cores.
+        "test engine": ([*pytest, "tests/integration/engine"], ROOT),
+        "test real": ([*pytest, "tests/integration/real"], ROOT),
+        "test conformance": ([*pytest, "tests/conformance"], ROOT),
+        "test chaos": ([*pytest, "tests/chaos"], ROOT),
     }
+
+
+def race_detector() -> list[str]:
+    """Go's race detector, where the C compiler that it needs is there."""
+    return ["-race"] if shutil.which("gcc") or shutil.which("clang") else []
 
 
 def released_contract() -> str:

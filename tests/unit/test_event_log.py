@@ -1,10 +1,12 @@
 """The event log: whatever is cut from the file, a reader gets a valid prefix, and a writer goes on behind it."""
 
 import errno
+import io
 import os
 from pathlib import Path
 
 import pytest
+from google.protobuf.proto import serialize_length_prefixed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +29,12 @@ def write(path: Path, messages: list[str]) -> list[TrainingEvent]:
         writer.append(each)
     writer.close()
     return events
+
+
+def record(event: TrainingEvent) -> bytes:
+    stream = io.BytesIO()
+    serialize_length_prefixed(event, stream)
+    return stream.getvalue()
 
 
 def read(path: Path, after_sequence: int = 0) -> list[TrainingEvent]:
@@ -79,6 +87,52 @@ def test_garbage_behind_the_last_event_never_hides_or_changes_an_event(folder: P
 
     assert found[: len(events)] == events
     assert [each.sequence for each in found] == list(range(1, len(found) + 1))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    deeds=st.lists(
+        st.one_of(
+            st.tuples(st.just("append"), st.text(max_size=300)),
+            st.tuples(st.just("crash inside an append"), st.integers(0, 400)),
+            st.tuples(st.just("crash that leaves zeros"), st.integers(1, 5000)),
+            st.tuples(st.just("read on"), st.integers(0, 2)),
+            st.tuples(st.just("read from the begin"), st.just(0)),
+        ),
+        max_size=40,
+    )
+)
+def test_appends_crashes_and_reads_in_any_order_show_every_whole_event_once(
+    folder: Path, deeds: list[tuple[str, str | int]]
+):
+    path = folder / "interleaved.binpb"
+    path.unlink(missing_ok=True)
+    written: list[TrainingEvent] = []
+    readers = [(EventLogReader(path), list[TrainingEvent]()) for _ in range(3)]
+    writer: EventLogWriter | None = None
+    for what, value in deeds:
+        following = event(len(written) + 1, value if isinstance(value, str) else "x" * value)
+        if not what.startswith("read"):
+            writer = writer or EventLogWriter(path)
+        if what == "append" and writer is not None:
+            writer.append(following)
+            written.append(following)
+        elif what.startswith("crash"):
+            tail = (
+                bytes(int(value))
+                if "zeros" in what
+                else record(following)[: min(int(value), len(record(following)) - 1)]
+            )
+            with path.open("ab") as file:
+                file.write(tail)
+            writer = None
+        elif what == "read on":
+            reader, seen = readers[int(value)]
+            seen += [entry.event for entry in reader.read(len(seen))]
+            assert seen == written
+        else:
+            assert read(path) == written
+    assert [entry.event for entry in readers[0][0].read()] == written
 
 
 def test_a_zero_filled_tail_is_not_taken_for_events(tmp_path: Path):
