@@ -171,8 +171,9 @@ class FakeTraining:
         self._output.mkdir(parents=True, exist_ok=True)
         self._start()
         self._fork_children()
+        width = int(self._script.get("flood_bytes", 0))
         for number in range(int(self._script.get("flood", 0))):
-            self._emit(TrainingEvent(warning=TrainingWarning(reason="FLOOD", message=str(number))))
+            self._emit(TrainingEvent(warning=TrainingWarning(reason="FLOOD", message=str(number).zfill(width))))
         for step in range(self._first, self._steps + 1):
             self._wait_gate("gate", step, heeds_stop=True)
             self._keep_pace(step)

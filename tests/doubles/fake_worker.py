@@ -29,6 +29,7 @@ Knobs of a training, in the first row of its dataset (a JSONL file), e.g. {"text
     die             how: the misbehaviour, default SIGKILL
     die_once        path: it dies only if this file is not there yet, and makes it
     flood           N warning events before the first step
+    flood_bytes     length of the text of each of them, at least that of its number
     fork            N forked children that never end by themselves, before the first step
 
 Misbehaviour: "SIGKILL", "SIGSEGV", … (a signal to itself), "exit:7" (exit code), "raise" (an unexpected exception),

@@ -24,6 +24,7 @@ _CHANNEL_OPTIONS: dict[str, int] = {
     # Notices a dead peer within 40 s, also while the server is silent.
     "grpc.keepalive_time_ms": 30_000,
     "grpc.keepalive_timeout_ms": 10_000,
+    "grpc.http2.ping_timeout_ms": 10_000,  # else the answer to the same ping may take a minute
     "grpc.http2.max_pings_without_data": 0,
     # gRPC waits up to 2 minutes between its own attempts to connect; calls fail at once in the meantime.
     "grpc.initial_reconnect_backoff_ms": 100,
