@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Provides Go and Node below .tools where the machine's are missing or too old: scripts/toolchain.sh VENV_WITH_UV
+# Provides Go and Node below .tools where the machine's are missing or too old, and the tools that the tests call by name:
+# scripts/toolchain.sh VENV_WITH_UV
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=$1/bin/uv
@@ -32,3 +33,15 @@ if ! at_least "$node_wanted" "${node_found:-0}"; then
         "$PWD" "$PWD" >.tools/bin/npm
     chmod +x .tools/bin/npm
 fi
+
+# Third-party tools that tests/conformance runs against the server; built once for each version.
+export PATH=$PWD/.tools/bin:$PATH
+built_by_go() {
+    local tool=.tools/bin/$1 module=$2 version=$3
+    if ! go version -m "$tool" 2>/dev/null | grep -q "$module.$version"; then
+        echo "building $1 $version into .tools"
+        (cd / && GOBIN=$OLDPWD/.tools/bin GOTOOLCHAIN=local go install "$module/cmd/$1@$version")
+    fi
+}
+built_by_go grpcurl github.com/fullstorydev/grpcurl v1.9.4
+built_by_go ghz github.com/bojand/ghz v0.93.0
