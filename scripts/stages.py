@@ -70,11 +70,10 @@ def test() -> dict[str, tuple[list[str], Path]]:
         "test typescript": (["npm", "test", "--silent"], typescript),
         "test unit": ([*pytest, "-n", "2", "--dist", "loadfile", "tests/unit"], ROOT),
         "test server": ([*pytest, "-n", "2", "--dist", "loadfile", *scripted], ROOT),
-        # One at a time: real Unsloth wants both cores.
-        "test engine": ([*pytest, "tests/integration/engine"], ROOT),
+        "test engine": ([*pytest, "-n", "2", "--dist", "loadfile", "tests/integration/engine"], ROOT),
+        # One at a time: each starts workers that want both cores.
         "test real": ([*pytest, "tests/integration/real"], ROOT),
         "test conformance": ([*pytest, "tests/conformance"], ROOT),
-        "test chaos": ([*pytest, "tests/chaos"], ROOT),
     }
 
 
