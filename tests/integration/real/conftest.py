@@ -25,9 +25,9 @@ def stub(server: RunningServer) -> Iterator[UnslothServiceStub]:
         yield UnslothServiceStub(channel)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def loaded(stub: UnslothServiceStub) -> Iterator[Model]:
-    """One worker for the whole session: its import takes most of the time."""
+    """One worker for each file: its import takes most of the time, and a model keeps its first adapter."""
     model = load(stub, "tiny", max_seq_length=128)
     yield model
     stub.UnloadModel(pb.UnloadModelRequest(model_id=model.model_id, force=True), timeout=120)
