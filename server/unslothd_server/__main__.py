@@ -1,11 +1,12 @@
 """`unslothd serve`: puts the parts together, serves until a signal, ends cleanly."""
 
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO, cast
 
 import structlog
 import typer
@@ -181,7 +182,7 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
         stall_seconds=settings.stall_seconds,
     )
     trainings.read_all()
-    await models.recover(launcher.attach_living())
+    await models.recover(launcher.attach_living(), trainings.newest_result)
     await trainings.go_on()
     artifacts = Artifacts(settings.home / "artifacts")
     workers = TemporaryWorkers(launcher, models.admission)
@@ -197,6 +198,21 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
     )
 
 
+class _LossyStream:
+    """Passes text on and drops what is not taken: a log on a full disk must not end what it tells of."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 def _set_up_logging(*, verbose: bool) -> None:
     """Logs go to stderr: for people on a terminal, as JSON elsewhere; those of the standard library too."""
     level = logging.DEBUG if verbose else logging.INFO
@@ -209,7 +225,7 @@ def _set_up_logging(*, verbose: bool) -> None:
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _LossyStream(sys.stderr))),
     )
     handler = logging.StreamHandler(sys.stderr)
     remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta

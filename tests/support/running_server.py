@@ -1,5 +1,6 @@
 """A real server in a process of its own, for tests and benchmarks: started, waited for, always ended."""
 
+import ctypes
 import os
 import selectors
 import signal
@@ -15,7 +16,15 @@ from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
+_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2
 WITH_FAKE_WORKERS = Path(__file__).parents[1] / "doubles" / "fake_worker_server.py"
+
+
+def heed_modes() -> None:
+    """Takes from this process's programs the right of root to write where modes forbid it; for `preexec_fn`."""
+    libc = ctypes.CDLL(None)
+    for capability in (_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH):
+        libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 class RunningServer:
@@ -26,6 +35,7 @@ class RunningServer:
         fake_workers: Start the double instead of real workers (milliseconds instead of a heavy import).
         arguments: Further arguments of `unslothd serve`.
         environment: Further environment variables.
+        heeds_modes: File modes hold for it and its workers, also when root runs the tests.
     """
 
     def __init__(
@@ -35,6 +45,7 @@ class RunningServer:
         fake_workers: bool = False,
         arguments: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
+        heeds_modes: bool = False,
     ) -> None:
         self.home = folder / "home"
         self.output_root = folder / "output"
@@ -50,6 +61,7 @@ class RunningServer:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=folder,
+                preexec_fn=heed_modes if heeds_modes else None,  # noqa: PLW1509 - it calls prctl and nothing else
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})},
             )
         try:

@@ -84,20 +84,34 @@ class Models:
 
     # --- after a start ---
 
-    async def recover(self, living: Iterable[Worker]) -> None:
+    async def recover(
+        self, living: Iterable[Worker], newest_result: Callable[[StoredModel], Path | None] = lambda _: None
+    ) -> None:
         """Brings the models of an earlier server back: living workers are taken over, dead ones are started again.
 
         A suspended model stays so. Workers that belong to no model are ended. Returns before loads have ended.
+
+        Args:
+            living: Workers of earlier servers.
+            newest_result: Folder of what trainings have taught a model; a worker may have ended one with no server.
         """
         workers = {worker.model_id: worker for worker in living}
-        for stored in self._store.load_all():
-            worker = workers.pop(stored.model.model_id, None)
-            entry = self._enter(stored)
-            if stored.unloading:
-                await self._finish_unload(entry, worker)
-            elif worker is None or not await self._adopt(entry, worker):
-                self._bring_back(entry)
-        await asyncio.gather(*(worker.stop() for worker in workers.values()))
+        known = [(self._enter(stored), workers.pop(stored.model.model_id, None)) for stored in self._store.load_all()]
+        for entry, _ in known:
+            folder = newest_result(entry.stored)
+            if folder is not None:
+                self.start_from(entry, folder)
+        # All at once: each may have to wait for a worker that is deep in an import.
+        going_on = [self._go_on(entry, worker) for entry, worker in known]
+        await asyncio.gather(*going_on, *(_end(worker) for worker in workers.values()))
+
+    async def _go_on(self, entry: LoadedModel, worker: Worker | None) -> None:
+        if entry.stored.unloading:
+            if worker is not None:
+                await _end(worker)
+            self._forget(entry)
+        elif worker is None or not await self._adopt(entry, worker):
+            self._bring_back(entry)
 
     def _enter(self, stored: StoredModel) -> LoadedModel:
         stored.model.active_training_id = ""
@@ -112,15 +126,10 @@ class Models:
             adopted = await self._workers.adopt(entry, worker)
         except UnslothdError as error:
             log.warning("a worker could not be taken over", model=entry.model_id, error=error.message)
-            await worker.stop()
+            await _end(worker)
             return False
         entry.progress.close()
         return adopted
-
-    async def _finish_unload(self, entry: LoadedModel, worker: Worker | None) -> None:
-        if worker is not None:
-            await worker.stop()
-        self._forget(entry)
 
     def _bring_back(self, entry: LoadedModel) -> None:
         if entry.stored.suspended:
@@ -438,6 +447,14 @@ def stopping() -> UnavailableError:
         "The server is stopping; call again once it is back.",
         retry_seconds=RETRY_AFTER_STOP_SECONDS,
     )
+
+
+async def _end(worker: Worker) -> None:
+    """Ends a worker that nobody needs; one that not even SIGKILL ends does not keep the server from starting."""
+    try:
+        await worker.stop()
+    except UnslothdError as error:
+        log.warning("a worker could not be ended", model=worker.model_id, error=error.message)
 
 
 def _free_id(base: str, taken: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from pathlib import Path
 
 import structlog
 
@@ -220,11 +219,9 @@ def _free(entry: LoadedModel) -> None:
 
 def remember_weights(models: Models, entry: LoadedModel, run: TrainingRun) -> None:
     """The model keeps what a training taught it, also when its worker has to be started anew."""
-    checkpoints = run.checkpoints_on_disk()
-    if run.training.output_dir and Path(run.training.output_dir).is_dir():
-        models.start_from(entry, Path(run.training.output_dir))
-    elif checkpoints:
-        models.start_from(entry, Path(checkpoints[0].path))
+    folder = run.newest_weights()
+    if folder is not None:
+        models.start_from(entry, folder)
 
 
 def halt(run: TrainingRun) -> None:

@@ -96,6 +96,13 @@ class TrainingRun:
         found = [each for each in self.training.checkpoints if Path(each.path).is_dir()]
         return sorted(found, key=lambda each: each.step, reverse=True)
 
+    def newest_weights(self) -> Path | None:
+        """Folder of what it has taught its model: the final adapter, else the newest checkpoint; None = nothing yet."""
+        final, checkpoints = self.training.output_dir, self.checkpoints_on_disk()
+        if final and Path(final).is_dir():
+            return Path(final)
+        return Path(checkpoints[0].path) if checkpoints else None
+
     # --- its log ---
 
     def append(self, event: TrainingEvent) -> None:

@@ -18,6 +18,7 @@ from unslothd_server.app import training_acceptance as acceptance
 from unslothd_server.app.dataset_sources import StoredRows
 from unslothd_server.app.idempotency import SeenRequests, content_digest
 from unslothd_server.app.loaded_model import LoadedModel
+from unslothd_server.app.model_store import StoredModel
 from unslothd_server.app.models import Models
 from unslothd_server.app.paging import page
 from unslothd_server.app.paths import AllowedRoots
@@ -176,6 +177,21 @@ class Trainings:
                 "or name one of its checkpoints by step.",
             )
         return folder
+
+    def newest_result(self, model: StoredModel) -> Path | None:
+        """Folder of what the last training on a loaded model taught it; None when none was over since it was loaded."""
+        since = model.model.load_time.ToNanoseconds()
+        over = [
+            run
+            for run in self._runs.values()
+            if is_final(run.training)
+            and run.training.model_id == model.model.model_id
+            and run.training.create_time.ToNanoseconds() >= since
+            and run.stored.model is not None
+            and run.stored.model.same_making(model)
+        ]
+        latest_first = sorted(over, key=lambda run: run.training.end_time.ToNanoseconds(), reverse=True)
+        return next((folder for run in latest_first if (folder := run.newest_weights()) is not None), None)
 
     def pending_on(self, model_id: str) -> Sequence[TrainingRun]:
         """Trainings on a model that are not over."""

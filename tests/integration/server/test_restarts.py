@@ -1,5 +1,6 @@
 """A server that comes back: what trained goes on, what was asked is finished, and no event is lost or doubled."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, inline, load, prepare, prepared_model, train, watch
 from support.running_server import RunningServer
+from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.model_pb2 import Model
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import Training, TrainingConfig
+from unslothd_server.event_log import EventLogReader
 
 from .conftest import a_model
 
@@ -29,15 +32,18 @@ def gate(tmp_path: Path) -> Iterator[StepGate]:
 class Scene:
     """A server with one prepared model; it can be ended and started anew on the same folders."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, heeds_modes: bool = False) -> None:
         self._folder = folder
         self._arguments = arguments
+        self._heeds_modes = heeds_modes
         self.server = self._start()
         a_model(self.server, "tiny")
         self.model = prepare(self.stub, load(self.stub, "tiny").model_id, TrainingConfig(save_steps=1))
 
     def _start(self) -> RunningServer:
-        server = RunningServer(self._folder, fake_workers=True, arguments=self._arguments)
+        server = RunningServer(
+            self._folder, fake_workers=True, arguments=self._arguments, heeds_modes=self._heeds_modes
+        )
         self.stub: UnslothServiceStub = server.stub()
         return server
 
@@ -134,6 +140,21 @@ def test_a_worker_that_died_while_no_server_ran_is_replaced_and_its_training_res
     assert [each.attempt for each in recoveries] == [1]
     assert "gone when the server started" in recoveries[0].cause.message
     assert events[-1].HasField("succeeded")
+
+
+def test_what_a_worker_learnt_while_no_server_ran_is_what_its_successor_starts_from(scene: Scene, gate: StepGate):
+    until_started(scene.train(steps=2, gate=str(gate)))
+    (worker,) = scene.workers()
+    scene.server.kill()
+    gate.open_all()
+    final = scene.server.output_root / "unsloth_finetuned_model" / "final"
+    (log,) = scene.server.home.glob("trainings/*/events.binpb")
+    wait_until(lambda: any(entry.event.HasField("succeeded") for entry in EventLogReader(log).read()))
+    worker.kill()
+    psutil.wait_procs([worker], timeout=CALL_SECONDS)
+    scene.kill_and_start()
+    state = json.loads((scene.server.home / "models" / f"{scene.model.model_id}.json").read_text())
+    assert state["prepare"]["weights_from"] == str(final)
 
 
 def test_a_worker_that_is_killed_in_a_training_is_replaced_and_the_log_says_so(scene: Scene, tmp_path: Path):
