@@ -10,7 +10,16 @@ from datetime import UTC, datetime
 
 from _common import HERE, environment, machine, machine_line
 
-BENCHMARKS = ("client_import", "server_memory", "event_latency", "upload", "plan", "mcp_calls", "step_overhead")
+BENCHMARKS = (
+    "client_import",
+    "server_memory",
+    "event_latency",
+    "clients",
+    "upload",
+    "plan",
+    "mcp_calls",
+    "step_overhead",
+)
 BENCHMARK_SECONDS = 1800
 
 

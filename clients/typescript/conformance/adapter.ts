@@ -45,6 +45,17 @@ async function follow(run: TrainingRun): Promise<JsonValue> {
   return { training_id: run.trainingId, last_sequence: Number(run.lastSequence), metrics };
 }
 
+/** For benchmarks/clients.py: reads the whole log of a finished training and keeps nothing. */
+async function timedWatch(run: TrainingRun): Promise<JsonValue> {
+  const began = performance.now();
+  let [first, events] = [0, 0];
+  for await (const _ of run) {
+    first ||= performance.now() - began;
+    events++;
+  }
+  return { events, first_event_seconds: first / 1000, seconds: (performance.now() - began) / 1000 };
+}
+
 async function carryOut(client: Client, command: Command, signal: AbortSignal): Promise<JsonValue> {
   const request = <Desc extends DescMessage>(schema: Desc) => fromJson(schema, command.request ?? {});
   const { model_id: modelId = "", training_id: trainingId = "" } = command;
@@ -71,6 +82,8 @@ async function carryOut(client: Client, command: Command, signal: AbortSignal): 
       return follow(await client.train(request(pb.TrainRequestSchema), options));
     case "watch":
       return follow(client.watch(trainingId, { signal, afterSequence: BigInt(command.after_sequence ?? 0) }));
+    case "timed_watch":
+      return timedWatch(client.watch(trainingId, options));
     case "resume":
       return follow(await client.resume(trainingId, { signal, checkpointStep: command.checkpoint_step ?? 0 }));
     case "pause":

@@ -112,6 +112,8 @@ func carryOut(ctx context.Context, client *unslothd.Client, c command) (any, err
 		return follow(client.Train(ctx, parsed(c, &pb.TrainRequest{})))
 	case "watch":
 		return follow(client.Watch(ctx, c.TrainingID, c.AfterSequence), nil)
+	case "timed_watch":
+		return timedWatch(client.Watch(ctx, c.TrainingID, 0))
 	case "resume":
 		return follow(client.Resume(ctx, c.TrainingID, c.CheckpointStep))
 	case "pause":
@@ -151,6 +153,23 @@ func follow(run *unslothd.TrainingRun, err error) (any, error) {
 		return nil, err
 	}
 	return object{"training_id": run.TrainingID(), "last_sequence": run.LastSequence(), "metrics": asJSON(metrics)}, nil
+}
+
+// timedWatch is for benchmarks/clients.py: it reads the whole log of a finished training and keeps nothing.
+func timedWatch(run *unslothd.TrainingRun) (any, error) {
+	began, first, count := time.Now(), time.Duration(0), 0
+	for _, err := range run.Events() {
+		if err != nil {
+			return nil, err
+		}
+		if count == 0 {
+			first = time.Since(began)
+		}
+		count++
+	}
+	return object{
+		"events": count, "first_event_seconds": first.Seconds(), "seconds": time.Since(began).Seconds(),
+	}, nil
 }
 
 func generate(stream *unslothd.TextStream) (any, error) {
