@@ -73,7 +73,10 @@ def test() -> dict[str, tuple[list[str], Path]]:
         # One at a time: each starts workers that want both cores.
         "test real": ([*pytest, "tests/integration/real"], ROOT),
         # Without the Rust client, whose build takes a minute that CI does not have: pytest tests/conformance runs it.
-        "test conformance": ([*pytest, "tests/conformance", "--ignore=tests/conformance/test_another_language.py"], ROOT),
+        "test conformance": (
+            [*pytest, "tests/conformance", "--ignore=tests/conformance/test_another_language.py"],
+            ROOT,
+        ),
     }
 
 
