@@ -14,6 +14,7 @@ BENCHMARKS = (
     "client_import",
     "server_memory",
     "event_latency",
+    "reliability",
     "clients",
     "upload",
     "plan",

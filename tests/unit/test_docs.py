@@ -14,6 +14,17 @@ def test_the_table_of_errors_has_every_reason_of_the_contract():
     assert listed == [reason for reason in reasons if reason != "UNSPECIFIED"]
 
 
+def test_every_promise_names_a_test_that_is_there():
+    promised = re.findall(r"`(tests/[^`]+)::([^`]+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert promised
+    missing = [
+        f"{path}::{name}"
+        for path, name in promised
+        if not re.search(rf"^(def {name}\(|{name} = )", (ROOT / path).read_text(), re.M)
+    ]
+    assert missing == []
+
+
 def test_every_link_between_our_pages_leads_somewhere():
     broken = []
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")]:

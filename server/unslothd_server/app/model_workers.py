@@ -62,6 +62,13 @@ class ModelWorkers:
             entry.failure = _as_failure(entry.model_id, error)
         return error
 
+    async def give_up(self, entry: LoadedModel) -> None:
+        """Ends the bringing up of a model, if that is under way, and returns once nothing is left of it."""
+        await asyncio.sleep(0)  # a task that is cancelled before its first step cleans nothing up
+        if entry.bringing_up is not None:
+            entry.bringing_up.cancel()
+            await asyncio.wait([entry.bringing_up])
+
     def wait_then_bring_up(
         self, entry: LoadedModel, refused: ExhaustedError, *, token: str
     ) -> "asyncio.Task[Exception | None]":

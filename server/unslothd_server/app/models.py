@@ -397,10 +397,10 @@ class Models:
             entry.stored.unloading = True
             self._store.keep(entry.stored)
             if entry.bringing_up is not None:
-                entry.bringing_up.cancel()
-                await asyncio.wait([entry.bringing_up])
-                self._forget(entry)
-                return 0
+                await self._workers.give_up(entry)
+                if entry.worker is None:
+                    self._forget(entry)
+                    return 0
             before = self._free_bytes(entry)
             held = (await self.describe(model_id)).memory_bytes
             entry.model.state = Model.STATE_UNLOADING
@@ -426,9 +426,7 @@ class Models:
         """Ends every load; then ends every worker, or leaves them to the next server. The models stay known to it."""
         self.refuse_new()
         for entry in list(self._models.values()):
-            if entry.bringing_up is not None:
-                entry.bringing_up.cancel()
-                await asyncio.wait([entry.bringing_up])
+            await self._workers.give_up(entry)
         entries = [entry for entry in self._models.values() if entry.worker is not None]
         if leave_workers:
             for entry in entries:

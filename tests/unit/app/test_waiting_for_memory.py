@@ -12,7 +12,7 @@ import pytest
 from unslothd.v1.model_pb2 import LoadProgress, Model
 from unslothd.v1.server_info_pb2 import Device
 from unslothd.v1.service_pb2 import LoadModelRequest
-from unslothd.worker.v1.worker_service_pb2 import LoadModelResponse
+from unslothd.worker.v1.worker_service_pb2 import GetStatusResponse, LoadModelResponse
 from unslothd_server.app import model_workers
 from unslothd_server.app.model_store import ModelStore
 from unslothd_server.app.models import Models
@@ -41,6 +41,9 @@ class QuickWorker:
 
     async def load(self, request: object) -> AsyncIterator[LoadModelResponse]:
         yield LoadModelResponse(model=Model(device="cuda:0"))
+
+    async def status(self) -> GetStatusResponse:
+        return GetStatusResponse()
 
     async def stop(self) -> None:
         self._stopped.set()
@@ -112,6 +115,24 @@ def test_a_load_that_could_never_fit_is_refused_although_it_would_wait(tmp_path:
     async def scenario() -> None:
         with pytest.raises(ExhaustedError):
             _ = [each async for each in models(tmp_path, OneGpu(), 9).load(request(wait=True))]
+
+    asyncio.run(scenario())
+
+
+def test_unloading_a_model_whose_load_has_not_made_a_step_ends_it_and_gives_its_memory_back(tmp_path: Path):
+    async def scenario() -> None:
+        gpu = OneGpu()
+        gpu.free = 6 * GIB
+        registry = models(tmp_path, gpu, 4)
+
+        async def load() -> None:
+            await anext(registry.load(request(wait=False)))
+
+        async with asyncio.timeout(30):
+            await asyncio.gather(load(), registry.unload("big-unsloth"))
+            *_, last = [each async for each in registry.load(request(wait=False))]
+        assert last.model.model_id == "big-unsloth"
+        await registry.close(leave_workers=False)
 
     asyncio.run(scenario())
 
