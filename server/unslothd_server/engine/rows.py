@@ -95,7 +95,9 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             number += 1
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except RecursionError:
+                raise row_error(number, f"line {line_number} nests its values too deeply") from None
+            except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
                 raise row_error(number, f"line {line_number} is not JSON ({error})") from None
             yield _checked(row, number)
 
@@ -103,8 +105,8 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 def _json_rows(path: Path) -> Iterator[Row]:
     try:
         content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        # Many files called .json hold one object a line.
+    except (ValueError, RecursionError):
+        # Many files called .json hold one object a line; of one that does not, this names the bad line.
         yield from _jsonl_rows(path)
         return
     if isinstance(content, dict):
@@ -123,7 +125,10 @@ def _checked(row: object, number: int) -> Row:
 def _csv_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than one long text
     with path.open(encoding="utf-8-sig", newline="") as file:
-        columns = next(csv.reader(file), [])
+        try:
+            columns = next(csv.reader(file), [])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise _bad_csv(1, error) from None
     return columns, _csv_body(path, columns)
 
 
@@ -138,7 +143,12 @@ def _csv_body(path: Path, columns: list[str]) -> Iterator[Row]:
                     raise row_error(number, f"it has {len(fields)} fields, but the header names {len(columns)}")
                 yield dict(zip(columns, fields, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
-            raise row_error(number + 1, f"the CSV cannot be read ({error})") from None
+            raise _bad_csv(number + 1, error) from None
+
+
+def _bad_csv(number: int, error: Exception) -> DatasetError:
+    hint = "; save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+    return row_error(number, f"the CSV cannot be read ({error}){hint}")
 
 
 def _parquet_rows(path: Path) -> tuple[list[str], Iterator[Row]]:

@@ -59,20 +59,27 @@ def test_columns_are_those_of_all_first_rows_not_only_of_the_first(tmp_path: Pat
     assert open_rows(DatasetSource(path=str(path))).columns == ["instruction", "output", "input"]
 
 
-BAD = [
+BAD: list[tuple[str, str | bytes, str, str]] = [
     (".jsonl", '{"text": "a"}\n{"text": \n', "Row 2", "JSON"),
     (".jsonl", '{"text": "a"}\n\n["b"]\n', "Row 2", "list"),
     (".json", '[{"text": "a"}, 7]', "Row 2", "int"),
     (".csv", "text,n\na,1\nb\n", "Row 2", "1 fields"),
+    (".csv", b"text,n\nGr\xfc\xdfe,1\n", "Row 1", "UTF-8"),
+    (".csv", b"Gr\xfc\xdfe,n\na,1\n", "Row 1", "UTF-8"),
+    (".jsonl", '{"text": "a"}\n{"n": ' + "9" * 5000 + "}\n", "Row 2", "digits"),
+    (".jsonl", '{"text": "a"}\n{"n": ' + "[" * 100_000 + "\n", "Row 2", "deeply"),
+    (".json", '[{"n": ' + "[" * 100_000, "Row 1", "deeply"),
     (".parquet", "not parquet", "Row 1", "Parquet"),
     (".arrow", "not arrow", "Row 1", "Arrow"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "content", "row", "cause"), BAD)
-def test_a_bad_row_is_named_with_its_cause(tmp_path: Path, kind: str, content: str, row: str, cause: str) -> None:
+def test_a_bad_row_is_named_with_its_cause(
+    tmp_path: Path, kind: str, content: str | bytes, row: str, cause: str
+) -> None:
     path = tmp_path / f"rows{kind}"
-    path.write_text(content, encoding="utf-8")
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DatasetError) as raised:
         list(open_rows(DatasetSource(path=str(path))).rows)
     assert raised.value.reason_name == "DATASET_ROW"
