@@ -358,12 +358,16 @@ class Trainings:
         await _all_over(pending)
 
     async def pause_running(self) -> None:
-        """Pauses every training that runs, for the next server to go on with, and waits, bounded, until they are."""
+        """Pauses every training that runs, for the next server to go on with, and waits, bounded, until they are.
+
+        One that a user has asked to stop stops as the user asked.
+        """
         running = [run for run in self._runs.values() if self._queues.is_driven(run) and not run.is_halted]
         for run in running:
-            run.stored.resume_on_start = True
-            run.ask(StopWish.PAUSE)
-            await self._obey(run)
+            if run.wish is StopWish.NONE:
+                run.stored.resume_on_start = True
+                run.ask(StopWish.PAUSE)
+                await self._obey(run)
         await _all_over(running)
 
     def interrupt_watchers(self, error: UnavailableError) -> None:

@@ -1,9 +1,11 @@
 """A server that comes back: what trained goes on, what was asked is finished, and no event is lost or doubled."""
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
@@ -246,6 +248,21 @@ def test_a_stop_in_order_pauses_what_trains_and_the_next_start_goes_on(scene: Sc
     states = [event.state_changed.state for event in events if event.HasField("state_changed")]
     assert Training.STATE_PAUSED in states
     assert events[-1].HasField("succeeded")
+
+
+def test_a_training_that_a_user_was_pausing_when_the_server_stopped_stays_paused(scene: Scene, gate: StepGate):
+    events = scene.train(steps=9, step_gate=_opened(gate, 1))
+    training_id = until_step(events, 1)
+    scene.stub.PauseTraining(pb.PauseTrainingRequest(training_id=training_id), timeout=CALL_SECONDS)
+    scene.server.process.send_signal(signal.SIGINT)
+    with pytest.raises(grpc.RpcError):  # the server stops: by now it has looked at what runs
+        list(events)
+    gate.open_all()
+    assert scene.server.process.wait(CALL_SECONDS) == 0
+    scene.kill_and_start()
+    assert scene.get(training_id).state == Training.STATE_PAUSED
+    scene.stub.ResumeTraining(pb.ResumeTrainingRequest(training_id=training_id), timeout=CALL_SECONDS)
+    assert list(watch(scene.stub, training_id))[-1].HasField("succeeded")
 
 
 def test_a_stop_that_lets_trainings_go_on_leaves_the_worker_to_the_next_server(tmp_path: Path, gate: StepGate):
