@@ -14,6 +14,8 @@ from unslothd_server.errors import ExhaustedError, PreconditionError
 
 # Memory also comes back from processes that are not ours, so nobody tells us.
 _LOOK_FOR_MEMORY_SECONDS = 1.0
+# Free memory never stands still, and what is told is kept for callers that come later.
+_WORTH_TELLING_BYTES = 256 * 1024 * 1024
 
 
 class ModelWorkers:
@@ -79,13 +81,13 @@ class ModelWorkers:
         return task
 
     async def _wait(self, entry: LoadedModel, refused: ExhaustedError, token: str) -> Exception | None:
-        told = ""
+        told: int | None = None
         while True:
-            needed, free = refused.metadata["needed_bytes"], refused.metadata["free_bytes"]
-            if free != told:
+            needed, free = int(refused.metadata["needed_bytes"]), int(refused.metadata["free_bytes"])
+            if told is None or abs(free - told) >= _WORTH_TELLING_BYTES:
                 told = free
                 waiting = LoadProgress(phase=LoadProgress.PHASE_WAITING_FOR_MEMORY, model_id=entry.model_id)
-                waiting.done, waiting.total = int(free), int(needed)
+                waiting.done, waiting.total = free, needed
                 entry.progress.append(waiting)
             try:
                 await asyncio.sleep(_LOOK_FOR_MEMORY_SECONDS)
