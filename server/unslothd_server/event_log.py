@@ -140,7 +140,7 @@ class EventLogWriter:
             os.ftruncate(self._file, self._offset)
         os.lseek(self._file, self._offset, os.SEEK_SET)
         if is_new:
-            _fsync_folder(path.parent)
+            disk.sync_folder(path.parent)
 
     @property
     def last_sequence(self) -> int:
@@ -210,11 +210,3 @@ def _write_all(file: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -138,7 +138,7 @@ class DatasetStore:
         if target.exists():  # one that could not be read
             shutil.rmtree(self._set_aside(target))
         incoming.folder.rename(target)
-        _fsync_folder(self._folder)
+        disk.sync_folder(self._folder)
 
     def take_away(self, dataset: Dataset) -> Path:
         """Makes a dataset vanish in one step; returns what is left to be removed. Raises OSError."""
@@ -173,11 +173,3 @@ def explained(error: OSError) -> Exception:
         "The disk that holds the datasets of this server is full, so nothing of the upload was kept. Delete datasets "
         "that are not needed, or free some space, then upload again.",
     )
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,7 +25,7 @@ from unslothd_server.app.export_sources import (
     needs_worker,
 )
 from unslothd_server.app.models import Models, stopping
-from unslothd_server.app.paths import AllowedRoots
+from unslothd_server.app.paths import AllowedRoots, has_content
 from unslothd_server.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -151,7 +151,7 @@ class Exports:
         if request.output_dir:
             folder = self._root / request.output_dir
             AllowedRoots([self._root]).check(folder)
-            if str(folder) in taken or _has_content(folder):
+            if str(folder) in taken or has_content(folder):
                 raise _taken(request.output_dir)
             return folder
         first = folder = self._root / f"{beside}{_form_name(request)}"
@@ -213,10 +213,6 @@ def _form_name(request: ExportModelRequest) -> str:
     """E.g. "merged-16bit" or "gguf-q8_0"."""
     form = ExportFormat.Name(request.format).removeprefix("EXPORT_FORMAT_").lower().replace("_", "-")
     return "-".join(part for part in (form, _quantization(request)) if part)
-
-
-def _has_content(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def _taken(output_dir: str) -> AlreadyExistsError:

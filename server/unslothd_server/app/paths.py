@@ -60,3 +60,8 @@ class AllowedRoots:
                 f'No {what} "{name}" on the server. Relative paths are looked up below {self}; check the spelling.',
             )
         return path
+
+
+def has_content(folder: Path) -> bool:
+    """True when something is there that results must not be written over: a file, or a folder with anything in it."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))

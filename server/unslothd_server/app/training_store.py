@@ -19,6 +19,7 @@ from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
 from unslothd_server import disk
 from unslothd_server.app.files import read_or_set_aside, write_json
 from unslothd_server.app.model_store import StoredModel
+from unslothd_server.app.paths import has_content
 from unslothd_server.errors import AlreadyExistsError, UnslothdError
 from unslothd_server.event_log import EVENT_LOG_NAME
 
@@ -136,7 +137,7 @@ class TrainingStore:
         """
         taken = set(taken)
         candidate, number = self.output_root / name, 2
-        while str(candidate) in taken or _has_content(candidate):
+        while str(candidate) in taken or has_content(candidate):
             if explicit:
                 raise AlreadyExistsError(
                     ErrorReason.ERROR_REASON_OUTPUT_DIR_TAKEN,
@@ -247,7 +248,3 @@ def without_inline_rows(source: DatasetSource) -> DatasetSource:
     if result.WhichOneof("origin") == "inline":
         result.inline.ClearField("data")
     return result
-
-
-def _has_content(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from unslothd_server.disk import sync_folder
+
 
 @dataclass(frozen=True)
 class FileSum:
@@ -54,15 +56,6 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     partial.rename(path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings a folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def as_json(sums: Mapping[str, FileSum]) -> dict[str, Any]:
