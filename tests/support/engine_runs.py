@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,25 @@ class Run:
 
 
 LoadTiny = Callable[..., Loaded]
+# Whether the input ids of a pass fit into the memory that is played.
+Fits = Callable[[Loaded, Any], bool]
+
+
+@contextmanager
+def memory(loaded: Loaded, fits: Fits) -> Iterator[None]:
+    """Raises what a GPU raises for passes with gradients that do not fit."""
+    import torch
+
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if torch.is_grad_enabled() and not fits(loaded, ids):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    hook = loaded.torch_model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def load(source: Path | str, folder: Path, **options: Any) -> Loaded:

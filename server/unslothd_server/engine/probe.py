@@ -94,7 +94,7 @@ def _pass(trainer: Any, rows: list[dict[str, Any]], check: Callable[[], None]) -
     learnt = int((inputs["labels"] != IGNORED_LABEL).sum()) * trainer.args.gradient_accumulation_steps
     _wait(trainer)
     begin = time.perf_counter()
-    trainer.training_step(trainer.model_wrapped, inputs, num_items_in_batch=learnt)
+    trainer.one_pass(trainer.model_wrapped, inputs, learnt)
     _wait(trainer)
     return time.perf_counter() - begin
 

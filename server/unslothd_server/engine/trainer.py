@@ -192,8 +192,11 @@ def _trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks) -> Any:
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
             """One pass as configured, in as many parts as memory asks for."""
             hooks.beat()
-            once = super().training_step
-            return self.passes.run(inputs, lambda part: once(model, part, num_items_in_batch))
+            return self.passes.run(inputs, lambda part: self.one_pass(model, part, num_items_in_batch))
+
+        def one_pass(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+            """Forward and backward of exactly these inputs; a lack of memory is raised. Returns the loss."""
+            return super().training_step(model, inputs, num_items_in_batch)
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """Nothing: the folder of a training holds results, not a web page."""

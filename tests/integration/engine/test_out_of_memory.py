@@ -1,13 +1,9 @@
 """Real Unsloth, made to run out of memory at chosen passes: the training goes on, at the same optimizer steps."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import pytest
 import torch
 
-from support.engine_runs import Loaded, LoadTiny, Row
+from support.engine_runs import Fits, Loaded, LoadTiny, Row, memory
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd_server.errors import ExhaustedError
 
@@ -20,24 +16,6 @@ CONFIG = TrainingConfig(
     use_gradient_checkpointing=False,
     save_steps=3,
 )
-
-Fits = Callable[[Loaded, torch.Tensor], bool]
-
-
-@contextmanager
-def memory(loaded: Loaded, fits: Fits) -> Iterator[None]:
-    """Raises what a GPU raises for inputs that do not fit."""
-
-    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if torch.is_grad_enabled() and not fits(loaded, ids):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    hook = loaded.torch_model.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def prepared(load: LoadTiny) -> Loaded:

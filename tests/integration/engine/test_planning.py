@@ -3,16 +3,14 @@
 import random
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from support.engine_runs import Loaded, LoadTiny, Row, as_source
+from support.engine_runs import Loaded, LoadTiny, Row, as_source, memory
 from unslothd.v1.dataset_pb2 import RowFormat, TemplateLayout
 from unslothd.v1.model_pb2 import LoraConfig
 from unslothd.v1.training_pb2 import TrainingConfig, TrainingPlan
 from unslothd.worker.v1.worker_service_pb2 import PlanTrainingRequest, StartTrainingRequest
-from unslothd_server.engine import probe
 from unslothd_server.errors import AbortedError, DatasetError
 
 CHAT = [
@@ -162,19 +160,6 @@ def test_a_plan_leaves_no_trace_in_model_random_state_and_folders(prepared: Load
     assert {path.name for path in new - files} == {"plan-rows.jsonl"}
 
 
-def out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    real = probe._pass
-
-    def run(trainer: Any, rows: list[Row], check: Any) -> float:
-        if len(rows) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(trainer, rows, check)
-
-    monkeypatch.setattr(probe, "_pass", run)
-
-
 @pytest.mark.parametrize(
     ("limit", "advice"),
     [
@@ -182,14 +167,12 @@ def out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (0, "use_gradient_checkpointing, a shorter max_seq_length"),
     ],
 )
-def test_a_probe_that_does_not_fit_is_a_warning_that_says_what_does(
-    prepared: Loaded, monkeypatch: pytest.MonkeyPatch, limit: int, advice: str
-) -> None:
-    out_of_memory_above(limit, monkeypatch)
+def test_a_probe_that_does_not_fit_is_a_warning_that_says_what_does(prepared: Loaded, limit: int, advice: str) -> None:
     config = TrainingConfig(
         max_steps=1, batch_size=8, gradient_accumulation_steps=3, use_gradient_checkpointing=False, warmup_steps=0
     )
-    planned = plan(prepared, LAYOUTS["text"][0], config, measure=True)
+    with memory(prepared, lambda _, ids: ids.shape[0] <= limit):
+        planned = plan(prepared, LAYOUTS["text"][0], config, measure=True)
     assert advice in planned.warnings[-1]
     assert not planned.memory_measured
     assert planned.memory_estimate_bytes > 0
