@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 SECONDS = 30.0
+PRESSES = 10
 
 
 def environment() -> dict[str, str]:
@@ -54,6 +55,18 @@ class Terminal:
     def interrupt(self) -> None:
         """Does what Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
+
+    def interrupt_at_prompt(self, text: str, *, times: int) -> None:
+        """Presses Ctrl-C until a text has been shown so often.
+
+        One press can be lost: readline shows its prompt a moment before it notices signals. A person presses again.
+        """
+        for _ in range(PRESSES):
+            self.interrupt()
+            with self._more:
+                if self._more.wait_for(lambda: self._shown.count(text) >= times, SECONDS / PRESSES):
+                    return
+        self.wait_for(text, times=times)
 
     def wait_for(self, text: str, *, times: int = 1) -> None:
         """Waits until a text has been shown so often."""

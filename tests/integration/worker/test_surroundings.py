@@ -7,6 +7,7 @@ from pathlib import Path
 
 from doubles.fake_worker import fake_worker_command
 from integration.worker.harness import Home, bounded
+from unslothd_server.workers.bundle import Bundle
 from unslothd_server.workers.launcher import LocalLauncher
 
 
@@ -25,7 +26,7 @@ def test_a_worker_has_its_own_session_folder_and_log_and_no_secret(home: Home):
         told = dict(line.split("=", 1) for line in (process / "environ").read_text().split("\0") if line)
         assert told.keys() & {"HF_TOKEN", "UNSLOTHD_TOKENS"} == set()
         assert told["UNSLOTH_AUTO_INSTALL"] == "0"
-        assert (directory / "worker.sock").is_socket()
+        assert Bundle.open(directory).socket_path.is_socket()
         assert (directory / "worker.log").stat().st_mode & 0o777 == 0o600
         await worker.stop()
 
