@@ -2,8 +2,7 @@
 
 import gc
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -14,16 +13,6 @@ from unslothd_server.engine.oom import exhausted
 from unslothd_server.engine.run_figures import Evaluations
 
 Metrics = dict[str, float]
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Random numbers drawn inside are not missed outside: opening a DataLoader draws one, which moves all dropout."""
-    import torch
-
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
 
 
 def within_memory(

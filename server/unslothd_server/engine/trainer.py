@@ -8,12 +8,13 @@ from typing import Any
 from unslothd.v1.training_event_pb2 import TrainingWarning
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd_server.engine.checkpoints import folder_of
-from unslothd_server.engine.evaluation import random_state_kept, within_memory
+from unslothd_server.engine.evaluation import within_memory
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.passes import PassSplit, StepPasses
 from unslothd_server.engine.readback import uses_checkpointing
 from unslothd_server.engine.step_clock import StepClock
 from unslothd_server.engine.tokens import IGNORED_LABEL
+from unslothd_server.engine.untouched import random_state_kept
 from unslothd_server.errors import ExhaustedError
 
 DEFAULT_MAX_STEPS = 100

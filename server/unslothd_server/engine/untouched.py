@@ -1,4 +1,4 @@
-"""Trying a training out without a trace: what a trainer does to model and random state, undone."""
+"""Evaluations and tries without a trace: what they do to random state and model, undone."""
 
 import random
 from collections.abc import Iterator
@@ -13,7 +13,10 @@ TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Random numbers drawn inside, by Python, numpy or torch, are not missed outside."""
+    """Random numbers drawn inside, by Python, numpy or torch, are not missed outside.
+
+    Opening a DataLoader alone draws one, which would move all dropout after it.
+    """
     import torch
 
     python_state, numpy_state = random.getstate(), np.random.get_state()
