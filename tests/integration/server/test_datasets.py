@@ -272,8 +272,9 @@ def test_what_a_killed_server_left_half_done_is_gone_at_the_next_start(tmp_path:
             go_on.wait(CALL_SECONDS)
 
         call = stub.UploadDataset.future(stuck())
-        wait_until(lambda: len(folders(server)) == 2)
-        checks = psutil.Process(server.process.pid).children()
+        process = psutil.Process(server.process.pid)
+        wait_until(lambda: len(folders(server)) == 2 and bool(process.children()))  # the folder comes first
+        checks = process.children()
         server.kill()
         go_on.set()
         assert call.exception(CALL_SECONDS).code() == grpc.StatusCode.UNAVAILABLE
@@ -296,8 +297,9 @@ def test_a_server_that_stops_ends_an_upload_and_leaves_nothing_of_it(tmp_path: P
 
         with server.channel() as channel:
             call = UnslothServiceStub(channel).UploadDataset.future(stuck())
-            wait_until(lambda: len(folders(server)) == 1)
-            checks = psutil.Process(server.process.pid).children()
+            process = psutil.Process(server.process.pid)
+            wait_until(lambda: len(folders(server)) == 1 and bool(process.children()))  # the folder comes first
+            checks = process.children()
             assert server.stop() == 0
             go_on.set()
             assert call.exception(CALL_SECONDS).code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}

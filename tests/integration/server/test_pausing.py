@@ -10,6 +10,7 @@ from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, error_of, inline, load, prepare, prepared_model, train, watch
 from support.running_server import RunningServer
+from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.model_pb2 import LoraConfig, Model
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
@@ -59,13 +60,14 @@ def until_step(events: Iterator[TrainingEvent], step: int) -> TrainingEvent:
     return next(event for event in events if event.step.step == step)
 
 
-def suspended(stub: UnslothServiceStub, model_id: str) -> Model:
-    """Waits, bounded, until the worker of a model has ended: a moment after PAUSED is in the log."""
-    for _ in range(1000):
+def suspended(stub: UnslothServiceStub, model_id: str) -> None:
+    """Waits until the worker of a model has ended: a moment after PAUSED is in the log."""
+
+    def is_free() -> bool:
         model = get_model(stub, model_id)
-        if model.state == Model.STATE_SUSPENDED and not model.memory_bytes:
-            return model
-    raise AssertionError("the model was not suspended")
+        return model.state == Model.STATE_SUSPENDED and not model.memory_bytes
+
+    wait_until(is_free)
 
 
 def test_a_pause_saves_frees_the_device_and_a_resume_goes_on_to_the_end_in_one_log(
