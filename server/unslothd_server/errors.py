@@ -6,11 +6,12 @@
     ├── NotFoundError               a model, a training, a dataset or the source of one
     ├── PreconditionError           right call, wrong moment
     ├── AlreadyExistsError          request_id or output_dir is taken
-    ├── PermissionDeniedError       a path outside the roots, a Hub repository without access
-    ├── ExhaustedError              memory, disk, queue, message size
+    ├── UnauthenticatedError        no token, or one that is not known or expired
+    ├── PermissionDeniedError       a path outside the roots, a Hub repository without access, too small a scope
+    ├── ExhaustedError              memory, disk, queue, message size, calls a second
     ├── OutOfRangeError             a sequence that the log does not have
     ├── UnavailableError            the Hub, or a server that is stopping: try again later
-    ├── AbortedError                a worker that died, a training that was cancelled
+    ├── AbortedError                a worker that died, a training that was cancelled, an upload that stalled
     ├── NotImplementedYetError      in the contract, not served yet
     └── UnexpectedError             a bug; carries an id, the log has the rest
 
@@ -93,6 +94,10 @@ class PreconditionError(UnslothdError):
 
 class AlreadyExistsError(UnslothdError):
     """The name is taken."""
+
+
+class UnauthenticatedError(UnslothdError):
+    """The server asks who calls, and cannot tell."""
 
 
 class PermissionDeniedError(UnslothdError):

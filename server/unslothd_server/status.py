@@ -14,6 +14,7 @@ CODES: dict[type[errors.UnslothdError], code_pb2.Code] = {
     errors.NotFoundError: code_pb2.NOT_FOUND,
     errors.PreconditionError: code_pb2.FAILED_PRECONDITION,
     errors.AlreadyExistsError: code_pb2.ALREADY_EXISTS,
+    errors.UnauthenticatedError: code_pb2.UNAUTHENTICATED,
     errors.PermissionDeniedError: code_pb2.PERMISSION_DENIED,
     errors.ExhaustedError: code_pb2.RESOURCE_EXHAUSTED,
     errors.OutOfRangeError: code_pb2.OUT_OF_RANGE,

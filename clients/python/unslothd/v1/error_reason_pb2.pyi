@@ -78,6 +78,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED. A path lies outside the roots that the operator allows."""
     ERROR_REASON_HUB_ACCESS_DENIED: _ErrorReason.ValueType  # 41
     """PERMISSION_DENIED. The Hub asks for a token with access to this repository."""
+    ERROR_REASON_INSUFFICIENT_SCOPE: _ErrorReason.ValueType  # 42
+    """PERMISSION_DENIED. The caller's scope does not include the call; metadata: needed_scope, scope."""
     ERROR_REASON_INSUFFICIENT_MEMORY: _ErrorReason.ValueType  # 50
     """RESOURCE_EXHAUSTED. The model needs more device memory than is free; metadata: needed_bytes, free_bytes."""
     ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 51
@@ -92,6 +94,20 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED. The disk that holds the server's home or the output root is full."""
     ERROR_REASON_DATASET_TOO_LARGE: _ErrorReason.ValueType  # 56
     """RESOURCE_EXHAUSTED. The dataset is larger than ServerLimits.max_dataset_bytes; metadata: max_bytes."""
+    ERROR_REASON_TOO_MANY_REQUESTS: _ErrorReason.ValueType  # 57
+    """RESOURCE_EXHAUSTED. The caller makes more calls than ServerLimits.max_requests_per_second allows; RetryInfo says
+    when the next one is taken. Metadata: max_requests_per_second.
+    """
+    ERROR_REASON_TOO_MANY_STREAMS: _ErrorReason.ValueType  # 58
+    """RESOURCE_EXHAUSTED. The caller has ServerLimits.max_streams streams open; metadata: max_streams."""
+    ERROR_REASON_INLINE_ROWS_TOO_LARGE: _ErrorReason.ValueType  # 59
+    """RESOURCE_EXHAUSTED. The inline rows of a dataset are larger than ServerLimits.max_inline_bytes; metadata:
+    inline_bytes, max_bytes.
+    """
+    ERROR_REASON_DEADLINE_TOO_LONG: _ErrorReason.ValueType  # 62
+    """RESOURCE_EXHAUSTED. The call asks for more time than ServerLimits.max_deadline_seconds; metadata:
+    deadline_seconds, max_deadline_seconds.
+    """
     ERROR_REASON_SEQUENCE_OUT_OF_RANGE: _ErrorReason.ValueType  # 60
     """OUT_OF_RANGE. after_sequence is beyond the last entry of the log; metadata: last_sequence."""
     ERROR_REASON_OFFSET_OUT_OF_RANGE: _ErrorReason.ValueType  # 61
@@ -106,10 +122,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ABORTED. The training was cancelled; its events say at which step."""
     ERROR_REASON_WORKER_UNRESPONSIVE: _ErrorReason.ValueType  # 82
     """ABORTED. The worker did not answer within its deadline."""
+    ERROR_REASON_UPLOAD_STALLED: _ErrorReason.ValueType  # 83
+    """ABORTED. An upload sent nothing for ServerLimits.upload_idle_seconds; nothing is kept of it."""
     ERROR_REASON_NOT_IMPLEMENTED: _ErrorReason.ValueType  # 90
     """UNIMPLEMENTED. The contract has this call, this server does not serve it yet."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 91
     """INTERNAL. Something unexpected; metadata: error_id, which the server's log explains."""
+    ERROR_REASON_TOKEN_MISSING: _ErrorReason.ValueType  # 100
+    """UNAUTHENTICATED. The server asks who calls, and the call has no token ("authorization: Bearer <token>")."""
+    ERROR_REASON_TOKEN_UNKNOWN: _ErrorReason.ValueType  # 101
+    """UNAUTHENTICATED. The server does not know the token: it never did, or the token was revoked."""
+    ERROR_REASON_TOKEN_EXPIRED: _ErrorReason.ValueType  # 102
+    """UNAUTHENTICATED. The token's time is over; metadata: expire_time (RFC 3339)."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. google.rpc.ErrorInfo carries the name without its prefix ("MODEL_NOT_FOUND") and the domain
@@ -173,6 +197,8 @@ ERROR_REASON_PATH_NOT_ALLOWED: ErrorReason.ValueType  # 40
 """PERMISSION_DENIED. A path lies outside the roots that the operator allows."""
 ERROR_REASON_HUB_ACCESS_DENIED: ErrorReason.ValueType  # 41
 """PERMISSION_DENIED. The Hub asks for a token with access to this repository."""
+ERROR_REASON_INSUFFICIENT_SCOPE: ErrorReason.ValueType  # 42
+"""PERMISSION_DENIED. The caller's scope does not include the call; metadata: needed_scope, scope."""
 ERROR_REASON_INSUFFICIENT_MEMORY: ErrorReason.ValueType  # 50
 """RESOURCE_EXHAUSTED. The model needs more device memory than is free; metadata: needed_bytes, free_bytes."""
 ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 51
@@ -187,6 +213,20 @@ ERROR_REASON_DISK_FULL: ErrorReason.ValueType  # 55
 """RESOURCE_EXHAUSTED. The disk that holds the server's home or the output root is full."""
 ERROR_REASON_DATASET_TOO_LARGE: ErrorReason.ValueType  # 56
 """RESOURCE_EXHAUSTED. The dataset is larger than ServerLimits.max_dataset_bytes; metadata: max_bytes."""
+ERROR_REASON_TOO_MANY_REQUESTS: ErrorReason.ValueType  # 57
+"""RESOURCE_EXHAUSTED. The caller makes more calls than ServerLimits.max_requests_per_second allows; RetryInfo says
+when the next one is taken. Metadata: max_requests_per_second.
+"""
+ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 58
+"""RESOURCE_EXHAUSTED. The caller has ServerLimits.max_streams streams open; metadata: max_streams."""
+ERROR_REASON_INLINE_ROWS_TOO_LARGE: ErrorReason.ValueType  # 59
+"""RESOURCE_EXHAUSTED. The inline rows of a dataset are larger than ServerLimits.max_inline_bytes; metadata:
+inline_bytes, max_bytes.
+"""
+ERROR_REASON_DEADLINE_TOO_LONG: ErrorReason.ValueType  # 62
+"""RESOURCE_EXHAUSTED. The call asks for more time than ServerLimits.max_deadline_seconds; metadata:
+deadline_seconds, max_deadline_seconds.
+"""
 ERROR_REASON_SEQUENCE_OUT_OF_RANGE: ErrorReason.ValueType  # 60
 """OUT_OF_RANGE. after_sequence is beyond the last entry of the log; metadata: last_sequence."""
 ERROR_REASON_OFFSET_OUT_OF_RANGE: ErrorReason.ValueType  # 61
@@ -201,8 +241,16 @@ ERROR_REASON_TRAINING_CANCELLED: ErrorReason.ValueType  # 81
 """ABORTED. The training was cancelled; its events say at which step."""
 ERROR_REASON_WORKER_UNRESPONSIVE: ErrorReason.ValueType  # 82
 """ABORTED. The worker did not answer within its deadline."""
+ERROR_REASON_UPLOAD_STALLED: ErrorReason.ValueType  # 83
+"""ABORTED. An upload sent nothing for ServerLimits.upload_idle_seconds; nothing is kept of it."""
 ERROR_REASON_NOT_IMPLEMENTED: ErrorReason.ValueType  # 90
 """UNIMPLEMENTED. The contract has this call, this server does not serve it yet."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 91
 """INTERNAL. Something unexpected; metadata: error_id, which the server's log explains."""
+ERROR_REASON_TOKEN_MISSING: ErrorReason.ValueType  # 100
+"""UNAUTHENTICATED. The server asks who calls, and the call has no token ("authorization: Bearer <token>")."""
+ERROR_REASON_TOKEN_UNKNOWN: ErrorReason.ValueType  # 101
+"""UNAUTHENTICATED. The server does not know the token: it never did, or the token was revoked."""
+ERROR_REASON_TOKEN_EXPIRED: ErrorReason.ValueType  # 102
+"""UNAUTHENTICATED. The token's time is over; metadata: expire_time (RFC 3339)."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

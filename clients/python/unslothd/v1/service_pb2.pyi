@@ -97,6 +97,7 @@ class GetServerInfoResponse(_message.Message):
     ENGINE_VERSIONS_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     server_version: _builtins.str
     """Version of unslothd, e.g. "0.1.0"."""
     @_builtins.property
@@ -111,6 +112,10 @@ class GetServerInfoResponse(_message.Message):
     def limits(self) -> _server_info_pb2.ServerLimits:
         """What requests may hold."""
 
+    @_builtins.property
+    def caller(self) -> _server_info_pb2.Caller:
+        """Whom the server takes the caller for, and what that may do."""
+
     def __init__(
         self,
         *,
@@ -118,10 +123,11 @@ class GetServerInfoResponse(_message.Message):
         engine_versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         devices: _abc.Iterable[_server_info_pb2.Device] | None = ...,
         limits: _server_info_pb2.ServerLimits | None = ...,
+        caller: _server_info_pb2.Caller | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "engine_versions", b"engine_versions", "limits", b"limits", "server_version", b"server_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "devices", b"devices", "engine_versions", b"engine_versions", "limits", b"limits", "server_version", b"server_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,8 +31,10 @@ class UnslothServiceStub(object):
     Long work (LoadModel, Train, ExportModel) is a stream of progress that ends with the result; it goes on when the
     stream is dropped. Every error carries google.rpc.ErrorInfo (domain "unslothd", see ErrorReason); where fields are
     wrong, google.rpc.BadRequest names all of them at once. Any call can end with INVALID_ARGUMENT (INVALID_FIELD),
-    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name
-    what else it can end with.
+    UNAUTHENTICATED (TOKEN_MISSING, TOKEN_UNKNOWN, TOKEN_EXPIRED), PERMISSION_DENIED (INSUFFICIENT_SCOPE),
+    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE, INLINE_ROWS_TOO_LARGE, TOO_MANY_REQUESTS, TOO_MANY_STREAMS,
+    DEADLINE_TOO_LONG), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name what else it can end
+    with.
     """
 
     def __init__(self, channel):
@@ -154,12 +156,15 @@ class UnslothServiceServicer(object):
     Long work (LoadModel, Train, ExportModel) is a stream of progress that ends with the result; it goes on when the
     stream is dropped. Every error carries google.rpc.ErrorInfo (domain "unslothd", see ErrorReason); where fields are
     wrong, google.rpc.BadRequest names all of them at once. Any call can end with INVALID_ARGUMENT (INVALID_FIELD),
-    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name
-    what else it can end with.
+    UNAUTHENTICATED (TOKEN_MISSING, TOKEN_UNKNOWN, TOKEN_EXPIRED), PERMISSION_DENIED (INSUFFICIENT_SCOPE),
+    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE, INLINE_ROWS_TOO_LARGE, TOO_MANY_REQUESTS, TOO_MANY_STREAMS,
+    DEADLINE_TOO_LONG), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name what else it can end
+    with.
     """
 
     def GetServerInfo(self, request, context):
-        """Versions, devices and limits of this server. Answers at once, also while trainings run.
+        """Versions, devices and limits of this server, and whom it takes the caller for. Answers at once, also while
+        trainings run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,7 +216,7 @@ class UnslothServiceServicer(object):
         """Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
         the same bytes again is free once they are stored.
         Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
-        DISK_FULL).
+        DISK_FULL), ABORTED (UPLOAD_STALLED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -463,8 +468,10 @@ class UnslothService(object):
     Long work (LoadModel, Train, ExportModel) is a stream of progress that ends with the result; it goes on when the
     stream is dropped. Every error carries google.rpc.ErrorInfo (domain "unslothd", see ErrorReason); where fields are
     wrong, google.rpc.BadRequest names all of them at once. Any call can end with INVALID_ARGUMENT (INVALID_FIELD),
-    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name
-    what else it can end with.
+    UNAUTHENTICATED (TOKEN_MISSING, TOKEN_UNKNOWN, TOKEN_EXPIRED), PERMISSION_DENIED (INSUFFICIENT_SCOPE),
+    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE, INLINE_ROWS_TOO_LARGE, TOO_MANY_REQUESTS, TOO_MANY_STREAMS,
+    DEADLINE_TOO_LONG), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name what else it can end
+    with.
     """
 
     @staticmethod

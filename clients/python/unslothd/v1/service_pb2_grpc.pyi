@@ -32,8 +32,10 @@ class UnslothServiceStub:
     Long work (LoadModel, Train, ExportModel) is a stream of progress that ends with the result; it goes on when the
     stream is dropped. Every error carries google.rpc.ErrorInfo (domain "unslothd", see ErrorReason); where fields are
     wrong, google.rpc.BadRequest names all of them at once. Any call can end with INVALID_ARGUMENT (INVALID_FIELD),
-    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name
-    what else it can end with.
+    UNAUTHENTICATED (TOKEN_MISSING, TOKEN_UNKNOWN, TOKEN_EXPIRED), PERMISSION_DENIED (INSUFFICIENT_SCOPE),
+    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE, INLINE_ROWS_TOO_LARGE, TOO_MANY_REQUESTS, TOO_MANY_STREAMS,
+    DEADLINE_TOO_LONG), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name what else it can end
+    with.
     """
 
     @_typing.overload
@@ -41,7 +43,9 @@ class UnslothServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> UnslothServiceAsyncStub: ...
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetServerInfoRequest, _service_pb2.GetServerInfoResponse]
-    """Versions, devices and limits of this server. Answers at once, also while trainings run."""
+    """Versions, devices and limits of this server, and whom it takes the caller for. Answers at once, also while
+    trainings run.
+    """
     LoadModel: _grpc.UnaryStreamMultiCallable[_service_pb2.LoadModelRequest, _service_pb2.LoadModelResponse]
     """Loads a model into a worker of its own: progress, then the Model as the last message.
     Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND), PERMISSION_DENIED (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED),
@@ -66,7 +70,7 @@ class UnslothServiceStub:
     """Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
     the same bytes again is free once they are stored.
     Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
-    DISK_FULL).
+    DISK_FULL), ABORTED (UPLOAD_STALLED).
     """
     GetDataset: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetDatasetRequest, _service_pb2.GetDatasetResponse]
     """One stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND)."""
@@ -140,13 +144,17 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     Long work (LoadModel, Train, ExportModel) is a stream of progress that ends with the result; it goes on when the
     stream is dropped. Every error carries google.rpc.ErrorInfo (domain "unslothd", see ErrorReason); where fields are
     wrong, google.rpc.BadRequest names all of them at once. Any call can end with INVALID_ARGUMENT (INVALID_FIELD),
-    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name
-    what else it can end with.
+    UNAUTHENTICATED (TOKEN_MISSING, TOKEN_UNKNOWN, TOKEN_EXPIRED), PERMISSION_DENIED (INSUFFICIENT_SCOPE),
+    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE, INLINE_ROWS_TOO_LARGE, TOO_MANY_REQUESTS, TOO_MANY_STREAMS,
+    DEADLINE_TOO_LONG), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name what else it can end
+    with.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_service_pb2.GetServerInfoRequest, _service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
-    """Versions, devices and limits of this server. Answers at once, also while trainings run."""
+    """Versions, devices and limits of this server, and whom it takes the caller for. Answers at once, also while
+    trainings run.
+    """
     LoadModel: _aio.UnaryStreamMultiCallable[_service_pb2.LoadModelRequest, _service_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Loads a model into a worker of its own: progress, then the Model as the last message.
     Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND), PERMISSION_DENIED (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED),
@@ -171,7 +179,7 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     """Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
     the same bytes again is free once they are stored.
     Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
-    DISK_FULL).
+    DISK_FULL), ABORTED (UPLOAD_STALLED).
     """
     GetDataset: _aio.UnaryUnaryMultiCallable[_service_pb2.GetDatasetRequest, _service_pb2.GetDatasetResponse]  # type: ignore[assignment]
     """One stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND)."""
@@ -244,8 +252,10 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
     Long work (LoadModel, Train, ExportModel) is a stream of progress that ends with the result; it goes on when the
     stream is dropped. Every error carries google.rpc.ErrorInfo (domain "unslothd", see ErrorReason); where fields are
     wrong, google.rpc.BadRequest names all of them at once. Any call can end with INVALID_ARGUMENT (INVALID_FIELD),
-    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name
-    what else it can end with.
+    UNAUTHENTICATED (TOKEN_MISSING, TOKEN_UNKNOWN, TOKEN_EXPIRED), PERMISSION_DENIED (INSUFFICIENT_SCOPE),
+    RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE, INLINE_ROWS_TOO_LARGE, TOO_MANY_REQUESTS, TOO_MANY_STREAMS,
+    DEADLINE_TOO_LONG), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name what else it can end
+    with.
     """
 
     @_abc_1.abstractmethod
@@ -254,7 +264,9 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.GetServerInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.GetServerInfoResponse, _abc.Awaitable[_service_pb2.GetServerInfoResponse]]:
-        """Versions, devices and limits of this server. Answers at once, also while trainings run."""
+        """Versions, devices and limits of this server, and whom it takes the caller for. Answers at once, also while
+        trainings run.
+        """
 
     @_abc_1.abstractmethod
     def LoadModel(
@@ -315,7 +327,7 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         """Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
         the same bytes again is free once they are stored.
         Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
-        DISK_FULL).
+        DISK_FULL), ABORTED (UPLOAD_STALLED).
         """
 
     @_abc_1.abstractmethod

@@ -84,6 +84,8 @@ const (
 	ErrorReason_ERROR_REASON_PATH_NOT_ALLOWED ErrorReason = 40
 	// PERMISSION_DENIED. The Hub asks for a token with access to this repository.
 	ErrorReason_ERROR_REASON_HUB_ACCESS_DENIED ErrorReason = 41
+	// PERMISSION_DENIED. The caller's scope does not include the call; metadata: needed_scope, scope.
+	ErrorReason_ERROR_REASON_INSUFFICIENT_SCOPE ErrorReason = 42
 	// RESOURCE_EXHAUSTED. The model needs more device memory than is free; metadata: needed_bytes, free_bytes.
 	ErrorReason_ERROR_REASON_INSUFFICIENT_MEMORY ErrorReason = 50
 	// RESOURCE_EXHAUSTED. The message is larger than ServerLimits.max_message_bytes; metadata: message_bytes, max_bytes.
@@ -98,6 +100,17 @@ const (
 	ErrorReason_ERROR_REASON_DISK_FULL ErrorReason = 55
 	// RESOURCE_EXHAUSTED. The dataset is larger than ServerLimits.max_dataset_bytes; metadata: max_bytes.
 	ErrorReason_ERROR_REASON_DATASET_TOO_LARGE ErrorReason = 56
+	// RESOURCE_EXHAUSTED. The caller makes more calls than ServerLimits.max_requests_per_second allows; RetryInfo says
+	// when the next one is taken. Metadata: max_requests_per_second.
+	ErrorReason_ERROR_REASON_TOO_MANY_REQUESTS ErrorReason = 57
+	// RESOURCE_EXHAUSTED. The caller has ServerLimits.max_streams streams open; metadata: max_streams.
+	ErrorReason_ERROR_REASON_TOO_MANY_STREAMS ErrorReason = 58
+	// RESOURCE_EXHAUSTED. The inline rows of a dataset are larger than ServerLimits.max_inline_bytes; metadata:
+	// inline_bytes, max_bytes.
+	ErrorReason_ERROR_REASON_INLINE_ROWS_TOO_LARGE ErrorReason = 59
+	// RESOURCE_EXHAUSTED. The call asks for more time than ServerLimits.max_deadline_seconds; metadata:
+	// deadline_seconds, max_deadline_seconds.
+	ErrorReason_ERROR_REASON_DEADLINE_TOO_LONG ErrorReason = 62
 	// OUT_OF_RANGE. after_sequence is beyond the last entry of the log; metadata: last_sequence.
 	ErrorReason_ERROR_REASON_SEQUENCE_OUT_OF_RANGE ErrorReason = 60
 	// OUT_OF_RANGE. offset is beyond the end of the file; metadata: num_bytes.
@@ -112,58 +125,75 @@ const (
 	ErrorReason_ERROR_REASON_TRAINING_CANCELLED ErrorReason = 81
 	// ABORTED. The worker did not answer within its deadline.
 	ErrorReason_ERROR_REASON_WORKER_UNRESPONSIVE ErrorReason = 82
+	// ABORTED. An upload sent nothing for ServerLimits.upload_idle_seconds; nothing is kept of it.
+	ErrorReason_ERROR_REASON_UPLOAD_STALLED ErrorReason = 83
 	// UNIMPLEMENTED. The contract has this call, this server does not serve it yet.
 	ErrorReason_ERROR_REASON_NOT_IMPLEMENTED ErrorReason = 90
 	// INTERNAL. Something unexpected; metadata: error_id, which the server's log explains.
 	ErrorReason_ERROR_REASON_INTERNAL ErrorReason = 91
+	// UNAUTHENTICATED. The server asks who calls, and the call has no token ("authorization: Bearer <token>").
+	ErrorReason_ERROR_REASON_TOKEN_MISSING ErrorReason = 100
+	// UNAUTHENTICATED. The server does not know the token: it never did, or the token was revoked.
+	ErrorReason_ERROR_REASON_TOKEN_UNKNOWN ErrorReason = 101
+	// UNAUTHENTICATED. The token's time is over; metadata: expire_time (RFC 3339).
+	ErrorReason_ERROR_REASON_TOKEN_EXPIRED ErrorReason = 102
 )
 
 // Enum value maps for ErrorReason.
 var (
 	ErrorReason_name = map[int32]string{
-		0:  "ERROR_REASON_UNSPECIFIED",
-		1:  "ERROR_REASON_INVALID_FIELD",
-		2:  "ERROR_REASON_DATASET_EMPTY",
-		3:  "ERROR_REASON_DATASET_COLUMNS",
-		4:  "ERROR_REASON_DATASET_ROW",
-		5:  "ERROR_REASON_DATASET_DAMAGED",
-		10: "ERROR_REASON_MODEL_NOT_FOUND",
-		11: "ERROR_REASON_MODEL_SOURCE_NOT_FOUND",
-		12: "ERROR_REASON_TRAINING_NOT_FOUND",
-		13: "ERROR_REASON_DATASET_NOT_FOUND",
-		14: "ERROR_REASON_CHECKPOINT_NOT_FOUND",
-		15: "ERROR_REASON_ARTIFACT_NOT_FOUND",
-		20: "ERROR_REASON_MODEL_NOT_PREPARED",
-		21: "ERROR_REASON_MODEL_NOT_READY",
-		22: "ERROR_REASON_MODEL_BUSY",
-		23: "ERROR_REASON_ALREADY_PREPARED",
-		24: "ERROR_REASON_UNSAFE_WEIGHTS",
-		25: "ERROR_REASON_REMOTE_CODE_REFUSED",
-		26: "ERROR_REASON_TRAINING_STATE",
-		27: "ERROR_REASON_DATASET_IN_USE",
-		28: "ERROR_REASON_CHECKPOINT_DAMAGED",
-		29: "ERROR_REASON_EXPORT_UNSUPPORTED",
-		30: "ERROR_REASON_REQUEST_ID_REUSED",
-		31: "ERROR_REASON_OUTPUT_DIR_TAKEN",
-		32: "ERROR_REASON_MODEL_ID_TAKEN",
-		40: "ERROR_REASON_PATH_NOT_ALLOWED",
-		41: "ERROR_REASON_HUB_ACCESS_DENIED",
-		50: "ERROR_REASON_INSUFFICIENT_MEMORY",
-		51: "ERROR_REASON_MESSAGE_TOO_LARGE",
-		52: "ERROR_REASON_TOO_MANY_MODELS",
-		53: "ERROR_REASON_QUEUE_FULL",
-		54: "ERROR_REASON_OUT_OF_MEMORY",
-		55: "ERROR_REASON_DISK_FULL",
-		56: "ERROR_REASON_DATASET_TOO_LARGE",
-		60: "ERROR_REASON_SEQUENCE_OUT_OF_RANGE",
-		61: "ERROR_REASON_OFFSET_OUT_OF_RANGE",
-		70: "ERROR_REASON_HUB_UNREACHABLE",
-		71: "ERROR_REASON_SERVER_STOPPING",
-		80: "ERROR_REASON_WORKER_DIED",
-		81: "ERROR_REASON_TRAINING_CANCELLED",
-		82: "ERROR_REASON_WORKER_UNRESPONSIVE",
-		90: "ERROR_REASON_NOT_IMPLEMENTED",
-		91: "ERROR_REASON_INTERNAL",
+		0:   "ERROR_REASON_UNSPECIFIED",
+		1:   "ERROR_REASON_INVALID_FIELD",
+		2:   "ERROR_REASON_DATASET_EMPTY",
+		3:   "ERROR_REASON_DATASET_COLUMNS",
+		4:   "ERROR_REASON_DATASET_ROW",
+		5:   "ERROR_REASON_DATASET_DAMAGED",
+		10:  "ERROR_REASON_MODEL_NOT_FOUND",
+		11:  "ERROR_REASON_MODEL_SOURCE_NOT_FOUND",
+		12:  "ERROR_REASON_TRAINING_NOT_FOUND",
+		13:  "ERROR_REASON_DATASET_NOT_FOUND",
+		14:  "ERROR_REASON_CHECKPOINT_NOT_FOUND",
+		15:  "ERROR_REASON_ARTIFACT_NOT_FOUND",
+		20:  "ERROR_REASON_MODEL_NOT_PREPARED",
+		21:  "ERROR_REASON_MODEL_NOT_READY",
+		22:  "ERROR_REASON_MODEL_BUSY",
+		23:  "ERROR_REASON_ALREADY_PREPARED",
+		24:  "ERROR_REASON_UNSAFE_WEIGHTS",
+		25:  "ERROR_REASON_REMOTE_CODE_REFUSED",
+		26:  "ERROR_REASON_TRAINING_STATE",
+		27:  "ERROR_REASON_DATASET_IN_USE",
+		28:  "ERROR_REASON_CHECKPOINT_DAMAGED",
+		29:  "ERROR_REASON_EXPORT_UNSUPPORTED",
+		30:  "ERROR_REASON_REQUEST_ID_REUSED",
+		31:  "ERROR_REASON_OUTPUT_DIR_TAKEN",
+		32:  "ERROR_REASON_MODEL_ID_TAKEN",
+		40:  "ERROR_REASON_PATH_NOT_ALLOWED",
+		41:  "ERROR_REASON_HUB_ACCESS_DENIED",
+		42:  "ERROR_REASON_INSUFFICIENT_SCOPE",
+		50:  "ERROR_REASON_INSUFFICIENT_MEMORY",
+		51:  "ERROR_REASON_MESSAGE_TOO_LARGE",
+		52:  "ERROR_REASON_TOO_MANY_MODELS",
+		53:  "ERROR_REASON_QUEUE_FULL",
+		54:  "ERROR_REASON_OUT_OF_MEMORY",
+		55:  "ERROR_REASON_DISK_FULL",
+		56:  "ERROR_REASON_DATASET_TOO_LARGE",
+		57:  "ERROR_REASON_TOO_MANY_REQUESTS",
+		58:  "ERROR_REASON_TOO_MANY_STREAMS",
+		59:  "ERROR_REASON_INLINE_ROWS_TOO_LARGE",
+		62:  "ERROR_REASON_DEADLINE_TOO_LONG",
+		60:  "ERROR_REASON_SEQUENCE_OUT_OF_RANGE",
+		61:  "ERROR_REASON_OFFSET_OUT_OF_RANGE",
+		70:  "ERROR_REASON_HUB_UNREACHABLE",
+		71:  "ERROR_REASON_SERVER_STOPPING",
+		80:  "ERROR_REASON_WORKER_DIED",
+		81:  "ERROR_REASON_TRAINING_CANCELLED",
+		82:  "ERROR_REASON_WORKER_UNRESPONSIVE",
+		83:  "ERROR_REASON_UPLOAD_STALLED",
+		90:  "ERROR_REASON_NOT_IMPLEMENTED",
+		91:  "ERROR_REASON_INTERNAL",
+		100: "ERROR_REASON_TOKEN_MISSING",
+		101: "ERROR_REASON_TOKEN_UNKNOWN",
+		102: "ERROR_REASON_TOKEN_EXPIRED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":            0,
@@ -193,6 +223,7 @@ var (
 		"ERROR_REASON_MODEL_ID_TAKEN":         32,
 		"ERROR_REASON_PATH_NOT_ALLOWED":       40,
 		"ERROR_REASON_HUB_ACCESS_DENIED":      41,
+		"ERROR_REASON_INSUFFICIENT_SCOPE":     42,
 		"ERROR_REASON_INSUFFICIENT_MEMORY":    50,
 		"ERROR_REASON_MESSAGE_TOO_LARGE":      51,
 		"ERROR_REASON_TOO_MANY_MODELS":        52,
@@ -200,6 +231,10 @@ var (
 		"ERROR_REASON_OUT_OF_MEMORY":          54,
 		"ERROR_REASON_DISK_FULL":              55,
 		"ERROR_REASON_DATASET_TOO_LARGE":      56,
+		"ERROR_REASON_TOO_MANY_REQUESTS":      57,
+		"ERROR_REASON_TOO_MANY_STREAMS":       58,
+		"ERROR_REASON_INLINE_ROWS_TOO_LARGE":  59,
+		"ERROR_REASON_DEADLINE_TOO_LONG":      62,
 		"ERROR_REASON_SEQUENCE_OUT_OF_RANGE":  60,
 		"ERROR_REASON_OFFSET_OUT_OF_RANGE":    61,
 		"ERROR_REASON_HUB_UNREACHABLE":        70,
@@ -207,8 +242,12 @@ var (
 		"ERROR_REASON_WORKER_DIED":            80,
 		"ERROR_REASON_TRAINING_CANCELLED":     81,
 		"ERROR_REASON_WORKER_UNRESPONSIVE":    82,
+		"ERROR_REASON_UPLOAD_STALLED":         83,
 		"ERROR_REASON_NOT_IMPLEMENTED":        90,
 		"ERROR_REASON_INTERNAL":               91,
+		"ERROR_REASON_TOKEN_MISSING":          100,
+		"ERROR_REASON_TOKEN_UNKNOWN":          101,
+		"ERROR_REASON_TOKEN_EXPIRED":          102,
 	}
 )
 
@@ -243,7 +282,7 @@ var File_unslothd_v1_error_reason_proto protoreflect.FileDescriptor
 
 const file_unslothd_v1_error_reason_proto_rawDesc = "" +
 	"\n" +
-	"\x1eunslothd/v1/error_reason.proto\x12\vunslothd.v1*\xd7\v\n" +
+	"\x1eunslothd/v1/error_reason.proto\x12\vunslothd.v1*\x90\x0e\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1e\n" +
@@ -272,23 +311,32 @@ const file_unslothd_v1_error_reason_proto_rawDesc = "" +
 	"\x1dERROR_REASON_OUTPUT_DIR_TAKEN\x10\x1f\x12\x1f\n" +
 	"\x1bERROR_REASON_MODEL_ID_TAKEN\x10 \x12!\n" +
 	"\x1dERROR_REASON_PATH_NOT_ALLOWED\x10(\x12\"\n" +
-	"\x1eERROR_REASON_HUB_ACCESS_DENIED\x10)\x12$\n" +
+	"\x1eERROR_REASON_HUB_ACCESS_DENIED\x10)\x12#\n" +
+	"\x1fERROR_REASON_INSUFFICIENT_SCOPE\x10*\x12$\n" +
 	" ERROR_REASON_INSUFFICIENT_MEMORY\x102\x12\"\n" +
 	"\x1eERROR_REASON_MESSAGE_TOO_LARGE\x103\x12 \n" +
 	"\x1cERROR_REASON_TOO_MANY_MODELS\x104\x12\x1b\n" +
 	"\x17ERROR_REASON_QUEUE_FULL\x105\x12\x1e\n" +
 	"\x1aERROR_REASON_OUT_OF_MEMORY\x106\x12\x1a\n" +
 	"\x16ERROR_REASON_DISK_FULL\x107\x12\"\n" +
-	"\x1eERROR_REASON_DATASET_TOO_LARGE\x108\x12&\n" +
+	"\x1eERROR_REASON_DATASET_TOO_LARGE\x108\x12\"\n" +
+	"\x1eERROR_REASON_TOO_MANY_REQUESTS\x109\x12!\n" +
+	"\x1dERROR_REASON_TOO_MANY_STREAMS\x10:\x12&\n" +
+	"\"ERROR_REASON_INLINE_ROWS_TOO_LARGE\x10;\x12\"\n" +
+	"\x1eERROR_REASON_DEADLINE_TOO_LONG\x10>\x12&\n" +
 	"\"ERROR_REASON_SEQUENCE_OUT_OF_RANGE\x10<\x12$\n" +
 	" ERROR_REASON_OFFSET_OUT_OF_RANGE\x10=\x12 \n" +
 	"\x1cERROR_REASON_HUB_UNREACHABLE\x10F\x12 \n" +
 	"\x1cERROR_REASON_SERVER_STOPPING\x10G\x12\x1c\n" +
 	"\x18ERROR_REASON_WORKER_DIED\x10P\x12#\n" +
 	"\x1fERROR_REASON_TRAINING_CANCELLED\x10Q\x12$\n" +
-	" ERROR_REASON_WORKER_UNRESPONSIVE\x10R\x12 \n" +
+	" ERROR_REASON_WORKER_UNRESPONSIVE\x10R\x12\x1f\n" +
+	"\x1bERROR_REASON_UPLOAD_STALLED\x10S\x12 \n" +
 	"\x1cERROR_REASON_NOT_IMPLEMENTED\x10Z\x12\x19\n" +
-	"\x15ERROR_REASON_INTERNAL\x10[B\xb4\x01\n" +
+	"\x15ERROR_REASON_INTERNAL\x10[\x12\x1e\n" +
+	"\x1aERROR_REASON_TOKEN_MISSING\x10d\x12\x1e\n" +
+	"\x1aERROR_REASON_TOKEN_UNKNOWN\x10e\x12\x1e\n" +
+	"\x1aERROR_REASON_TOKEN_EXPIRED\x10fB\xb4\x01\n" +
 	"\x0fcom.unslothd.v1B\x10ErrorReasonProtoP\x01ZBgithub.com/unslothd/unslothd/clients/go/gen/unslothd/v1;unslothdv1\xa2\x02\x03UXX\xaa\x02\vUnslothd.V1\xca\x02\vUnslothd\\V1\xe2\x02\x17Unslothd\\V1\\GPBMetadata\xea\x02\fUnslothd::V1b\x06proto3"
 
 var (

@@ -123,7 +123,9 @@ type GetServerInfoResponse struct {
 	// Devices that models can be loaded on; the CPU when there is no GPU.
 	Devices []*Device `protobuf:"bytes,3,rep,name=devices,proto3" json:"devices,omitempty"`
 	// What requests may hold.
-	Limits        *ServerLimits `protobuf:"bytes,4,opt,name=limits,proto3" json:"limits,omitempty"`
+	Limits *ServerLimits `protobuf:"bytes,4,opt,name=limits,proto3" json:"limits,omitempty"`
+	// Whom the server takes the caller for, and what that may do.
+	Caller        *Caller `protobuf:"bytes,5,opt,name=caller,proto3" json:"caller,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -182,6 +184,13 @@ func (x *GetServerInfoResponse) GetDevices() []*Device {
 func (x *GetServerInfoResponse) GetLimits() *ServerLimits {
 	if x != nil {
 		return x.Limits
+	}
+	return nil
+}
+
+func (x *GetServerInfoResponse) GetCaller() *Caller {
+	if x != nil {
+		return x.Caller
 	}
 	return nil
 }
@@ -2854,12 +2863,13 @@ var File_unslothd_v1_service_proto protoreflect.FileDescriptor
 const file_unslothd_v1_service_proto_rawDesc = "" +
 	"\n" +
 	"\x19unslothd/v1/service.proto\x12\vunslothd.v1\x1a\x1aunslothd/v1/artifact.proto\x1a\x19unslothd/v1/dataset.proto\x1a\x1cunslothd/v1/generation.proto\x1a\x17unslothd/v1/model.proto\x1a\x1dunslothd/v1/server_info.proto\x1a\x1aunslothd/v1/training.proto\x1a unslothd/v1/training_event.proto\"\x16\n" +
-	"\x14GetServerInfoRequest\"\xc4\x02\n" +
+	"\x14GetServerInfoRequest\"\xf1\x02\n" +
 	"\x15GetServerInfoResponse\x12%\n" +
 	"\x0eserver_version\x18\x01 \x01(\tR\rserverVersion\x12_\n" +
 	"\x0fengine_versions\x18\x02 \x03(\v26.unslothd.v1.GetServerInfoResponse.EngineVersionsEntryR\x0eengineVersions\x12-\n" +
 	"\adevices\x18\x03 \x03(\v2\x13.unslothd.v1.DeviceR\adevices\x121\n" +
-	"\x06limits\x18\x04 \x01(\v2\x19.unslothd.v1.ServerLimitsR\x06limits\x1aA\n" +
+	"\x06limits\x18\x04 \x01(\v2\x19.unslothd.v1.ServerLimitsR\x06limits\x12+\n" +
+	"\x06caller\x18\x05 \x01(\v2\x13.unslothd.v1.CallerR\x06caller\x1aA\n" +
 	"\x13EngineVersionsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa6\x03\n" +
@@ -3139,116 +3149,118 @@ var file_unslothd_v1_service_proto_goTypes = []any{
 	nil,                                // 46: unslothd.v1.ListTrainingsRequest.LabelsEntry
 	(*Device)(nil),                     // 47: unslothd.v1.Device
 	(*ServerLimits)(nil),               // 48: unslothd.v1.ServerLimits
-	(*LoadProgress)(nil),               // 49: unslothd.v1.LoadProgress
-	(*Model)(nil),                      // 50: unslothd.v1.Model
-	(*TrainingConfig)(nil),             // 51: unslothd.v1.TrainingConfig
-	(*LoraConfig)(nil),                 // 52: unslothd.v1.LoraConfig
-	(*DatasetSource)(nil),              // 53: unslothd.v1.DatasetSource
-	(*TrainingEvent)(nil),              // 54: unslothd.v1.TrainingEvent
-	(DataFormat)(0),                    // 55: unslothd.v1.DataFormat
-	(*Dataset)(nil),                    // 56: unslothd.v1.Dataset
-	(*TrainingPlan)(nil),               // 57: unslothd.v1.TrainingPlan
-	(*Training)(nil),                   // 58: unslothd.v1.Training
-	(Training_State)(0),                // 59: unslothd.v1.Training.State
-	(*ChatMessages)(nil),               // 60: unslothd.v1.ChatMessages
-	(*GenerateSummary)(nil),            // 61: unslothd.v1.GenerateSummary
-	(*TrainingCheckpoint)(nil),         // 62: unslothd.v1.TrainingCheckpoint
-	(ExportFormat)(0),                  // 63: unslothd.v1.ExportFormat
-	(*ExportProgress)(nil),             // 64: unslothd.v1.ExportProgress
-	(*Artifact)(nil),                   // 65: unslothd.v1.Artifact
-	(*ArtifactFile)(nil),               // 66: unslothd.v1.ArtifactFile
+	(*Caller)(nil),                     // 49: unslothd.v1.Caller
+	(*LoadProgress)(nil),               // 50: unslothd.v1.LoadProgress
+	(*Model)(nil),                      // 51: unslothd.v1.Model
+	(*TrainingConfig)(nil),             // 52: unslothd.v1.TrainingConfig
+	(*LoraConfig)(nil),                 // 53: unslothd.v1.LoraConfig
+	(*DatasetSource)(nil),              // 54: unslothd.v1.DatasetSource
+	(*TrainingEvent)(nil),              // 55: unslothd.v1.TrainingEvent
+	(DataFormat)(0),                    // 56: unslothd.v1.DataFormat
+	(*Dataset)(nil),                    // 57: unslothd.v1.Dataset
+	(*TrainingPlan)(nil),               // 58: unslothd.v1.TrainingPlan
+	(*Training)(nil),                   // 59: unslothd.v1.Training
+	(Training_State)(0),                // 60: unslothd.v1.Training.State
+	(*ChatMessages)(nil),               // 61: unslothd.v1.ChatMessages
+	(*GenerateSummary)(nil),            // 62: unslothd.v1.GenerateSummary
+	(*TrainingCheckpoint)(nil),         // 63: unslothd.v1.TrainingCheckpoint
+	(ExportFormat)(0),                  // 64: unslothd.v1.ExportFormat
+	(*ExportProgress)(nil),             // 65: unslothd.v1.ExportProgress
+	(*Artifact)(nil),                   // 66: unslothd.v1.Artifact
+	(*ArtifactFile)(nil),               // 67: unslothd.v1.ArtifactFile
 }
 var file_unslothd_v1_service_proto_depIdxs = []int32{
 	44, // 0: unslothd.v1.GetServerInfoResponse.engine_versions:type_name -> unslothd.v1.GetServerInfoResponse.EngineVersionsEntry
 	47, // 1: unslothd.v1.GetServerInfoResponse.devices:type_name -> unslothd.v1.Device
 	48, // 2: unslothd.v1.GetServerInfoResponse.limits:type_name -> unslothd.v1.ServerLimits
-	49, // 3: unslothd.v1.LoadModelResponse.progress:type_name -> unslothd.v1.LoadProgress
-	50, // 4: unslothd.v1.LoadModelResponse.model:type_name -> unslothd.v1.Model
-	51, // 5: unslothd.v1.PrepareForTrainingRequest.training_config:type_name -> unslothd.v1.TrainingConfig
-	52, // 6: unslothd.v1.PrepareForTrainingRequest.lora:type_name -> unslothd.v1.LoraConfig
-	50, // 7: unslothd.v1.PrepareForTrainingResponse.model:type_name -> unslothd.v1.Model
-	51, // 8: unslothd.v1.PrepareForTrainingResponse.training_config:type_name -> unslothd.v1.TrainingConfig
-	52, // 9: unslothd.v1.PrepareForTrainingResponse.lora:type_name -> unslothd.v1.LoraConfig
-	53, // 10: unslothd.v1.TrainRequest.train_dataset:type_name -> unslothd.v1.DatasetSource
-	53, // 11: unslothd.v1.TrainRequest.eval_dataset:type_name -> unslothd.v1.DatasetSource
-	51, // 12: unslothd.v1.TrainRequest.training_config:type_name -> unslothd.v1.TrainingConfig
-	0,  // 13: unslothd.v1.TrainRequest.disconnect_policy:type_name -> unslothd.v1.DisconnectPolicy
-	45, // 14: unslothd.v1.TrainRequest.labels:type_name -> unslothd.v1.TrainRequest.LabelsEntry
-	54, // 15: unslothd.v1.TrainResponse.event:type_name -> unslothd.v1.TrainingEvent
-	54, // 16: unslothd.v1.WatchTrainingResponse.event:type_name -> unslothd.v1.TrainingEvent
-	50, // 17: unslothd.v1.GetModelResponse.model:type_name -> unslothd.v1.Model
-	50, // 18: unslothd.v1.ListModelsResponse.models:type_name -> unslothd.v1.Model
-	18, // 19: unslothd.v1.UploadDatasetRequest.header:type_name -> unslothd.v1.UploadDatasetHeader
-	55, // 20: unslothd.v1.UploadDatasetHeader.format:type_name -> unslothd.v1.DataFormat
-	56, // 21: unslothd.v1.UploadDatasetResponse.dataset:type_name -> unslothd.v1.Dataset
-	56, // 22: unslothd.v1.GetDatasetResponse.dataset:type_name -> unslothd.v1.Dataset
-	56, // 23: unslothd.v1.ListDatasetsResponse.datasets:type_name -> unslothd.v1.Dataset
-	53, // 24: unslothd.v1.PlanTrainingRequest.train_dataset:type_name -> unslothd.v1.DatasetSource
-	53, // 25: unslothd.v1.PlanTrainingRequest.eval_dataset:type_name -> unslothd.v1.DatasetSource
-	51, // 26: unslothd.v1.PlanTrainingRequest.training_config:type_name -> unslothd.v1.TrainingConfig
-	57, // 27: unslothd.v1.PlanTrainingResponse.plan:type_name -> unslothd.v1.TrainingPlan
-	58, // 28: unslothd.v1.GetTrainingResponse.training:type_name -> unslothd.v1.Training
-	59, // 29: unslothd.v1.ListTrainingsRequest.states:type_name -> unslothd.v1.Training.State
-	46, // 30: unslothd.v1.ListTrainingsRequest.labels:type_name -> unslothd.v1.ListTrainingsRequest.LabelsEntry
-	58, // 31: unslothd.v1.ListTrainingsResponse.trainings:type_name -> unslothd.v1.Training
-	58, // 32: unslothd.v1.CancelTrainingResponse.training:type_name -> unslothd.v1.Training
-	58, // 33: unslothd.v1.PauseTrainingResponse.training:type_name -> unslothd.v1.Training
-	58, // 34: unslothd.v1.ResumeTrainingResponse.training:type_name -> unslothd.v1.Training
-	60, // 35: unslothd.v1.GenerateRequest.chat:type_name -> unslothd.v1.ChatMessages
-	61, // 36: unslothd.v1.GenerateResponse.summary:type_name -> unslothd.v1.GenerateSummary
-	62, // 37: unslothd.v1.ExportModelRequest.checkpoint:type_name -> unslothd.v1.TrainingCheckpoint
-	63, // 38: unslothd.v1.ExportModelRequest.format:type_name -> unslothd.v1.ExportFormat
-	64, // 39: unslothd.v1.ExportModelResponse.progress:type_name -> unslothd.v1.ExportProgress
-	65, // 40: unslothd.v1.ExportModelResponse.artifact:type_name -> unslothd.v1.Artifact
-	62, // 41: unslothd.v1.DownloadArtifactRequest.checkpoint:type_name -> unslothd.v1.TrainingCheckpoint
-	66, // 42: unslothd.v1.DownloadArtifactResponse.file:type_name -> unslothd.v1.ArtifactFile
-	1,  // 43: unslothd.v1.UnslothService.GetServerInfo:input_type -> unslothd.v1.GetServerInfoRequest
-	3,  // 44: unslothd.v1.UnslothService.LoadModel:input_type -> unslothd.v1.LoadModelRequest
-	5,  // 45: unslothd.v1.UnslothService.PrepareForTraining:input_type -> unslothd.v1.PrepareForTrainingRequest
-	11, // 46: unslothd.v1.UnslothService.GetModel:input_type -> unslothd.v1.GetModelRequest
-	13, // 47: unslothd.v1.UnslothService.ListModels:input_type -> unslothd.v1.ListModelsRequest
-	15, // 48: unslothd.v1.UnslothService.UnloadModel:input_type -> unslothd.v1.UnloadModelRequest
-	17, // 49: unslothd.v1.UnslothService.UploadDataset:input_type -> unslothd.v1.UploadDatasetRequest
-	20, // 50: unslothd.v1.UnslothService.GetDataset:input_type -> unslothd.v1.GetDatasetRequest
-	22, // 51: unslothd.v1.UnslothService.ListDatasets:input_type -> unslothd.v1.ListDatasetsRequest
-	24, // 52: unslothd.v1.UnslothService.DeleteDataset:input_type -> unslothd.v1.DeleteDatasetRequest
-	26, // 53: unslothd.v1.UnslothService.PlanTraining:input_type -> unslothd.v1.PlanTrainingRequest
-	7,  // 54: unslothd.v1.UnslothService.Train:input_type -> unslothd.v1.TrainRequest
-	9,  // 55: unslothd.v1.UnslothService.WatchTraining:input_type -> unslothd.v1.WatchTrainingRequest
-	28, // 56: unslothd.v1.UnslothService.GetTraining:input_type -> unslothd.v1.GetTrainingRequest
-	30, // 57: unslothd.v1.UnslothService.ListTrainings:input_type -> unslothd.v1.ListTrainingsRequest
-	32, // 58: unslothd.v1.UnslothService.CancelTraining:input_type -> unslothd.v1.CancelTrainingRequest
-	34, // 59: unslothd.v1.UnslothService.PauseTraining:input_type -> unslothd.v1.PauseTrainingRequest
-	36, // 60: unslothd.v1.UnslothService.ResumeTraining:input_type -> unslothd.v1.ResumeTrainingRequest
-	38, // 61: unslothd.v1.UnslothService.Generate:input_type -> unslothd.v1.GenerateRequest
-	40, // 62: unslothd.v1.UnslothService.ExportModel:input_type -> unslothd.v1.ExportModelRequest
-	42, // 63: unslothd.v1.UnslothService.DownloadArtifact:input_type -> unslothd.v1.DownloadArtifactRequest
-	2,  // 64: unslothd.v1.UnslothService.GetServerInfo:output_type -> unslothd.v1.GetServerInfoResponse
-	4,  // 65: unslothd.v1.UnslothService.LoadModel:output_type -> unslothd.v1.LoadModelResponse
-	6,  // 66: unslothd.v1.UnslothService.PrepareForTraining:output_type -> unslothd.v1.PrepareForTrainingResponse
-	12, // 67: unslothd.v1.UnslothService.GetModel:output_type -> unslothd.v1.GetModelResponse
-	14, // 68: unslothd.v1.UnslothService.ListModels:output_type -> unslothd.v1.ListModelsResponse
-	16, // 69: unslothd.v1.UnslothService.UnloadModel:output_type -> unslothd.v1.UnloadModelResponse
-	19, // 70: unslothd.v1.UnslothService.UploadDataset:output_type -> unslothd.v1.UploadDatasetResponse
-	21, // 71: unslothd.v1.UnslothService.GetDataset:output_type -> unslothd.v1.GetDatasetResponse
-	23, // 72: unslothd.v1.UnslothService.ListDatasets:output_type -> unslothd.v1.ListDatasetsResponse
-	25, // 73: unslothd.v1.UnslothService.DeleteDataset:output_type -> unslothd.v1.DeleteDatasetResponse
-	27, // 74: unslothd.v1.UnslothService.PlanTraining:output_type -> unslothd.v1.PlanTrainingResponse
-	8,  // 75: unslothd.v1.UnslothService.Train:output_type -> unslothd.v1.TrainResponse
-	10, // 76: unslothd.v1.UnslothService.WatchTraining:output_type -> unslothd.v1.WatchTrainingResponse
-	29, // 77: unslothd.v1.UnslothService.GetTraining:output_type -> unslothd.v1.GetTrainingResponse
-	31, // 78: unslothd.v1.UnslothService.ListTrainings:output_type -> unslothd.v1.ListTrainingsResponse
-	33, // 79: unslothd.v1.UnslothService.CancelTraining:output_type -> unslothd.v1.CancelTrainingResponse
-	35, // 80: unslothd.v1.UnslothService.PauseTraining:output_type -> unslothd.v1.PauseTrainingResponse
-	37, // 81: unslothd.v1.UnslothService.ResumeTraining:output_type -> unslothd.v1.ResumeTrainingResponse
-	39, // 82: unslothd.v1.UnslothService.Generate:output_type -> unslothd.v1.GenerateResponse
-	41, // 83: unslothd.v1.UnslothService.ExportModel:output_type -> unslothd.v1.ExportModelResponse
-	43, // 84: unslothd.v1.UnslothService.DownloadArtifact:output_type -> unslothd.v1.DownloadArtifactResponse
-	64, // [64:85] is the sub-list for method output_type
-	43, // [43:64] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	49, // 3: unslothd.v1.GetServerInfoResponse.caller:type_name -> unslothd.v1.Caller
+	50, // 4: unslothd.v1.LoadModelResponse.progress:type_name -> unslothd.v1.LoadProgress
+	51, // 5: unslothd.v1.LoadModelResponse.model:type_name -> unslothd.v1.Model
+	52, // 6: unslothd.v1.PrepareForTrainingRequest.training_config:type_name -> unslothd.v1.TrainingConfig
+	53, // 7: unslothd.v1.PrepareForTrainingRequest.lora:type_name -> unslothd.v1.LoraConfig
+	51, // 8: unslothd.v1.PrepareForTrainingResponse.model:type_name -> unslothd.v1.Model
+	52, // 9: unslothd.v1.PrepareForTrainingResponse.training_config:type_name -> unslothd.v1.TrainingConfig
+	53, // 10: unslothd.v1.PrepareForTrainingResponse.lora:type_name -> unslothd.v1.LoraConfig
+	54, // 11: unslothd.v1.TrainRequest.train_dataset:type_name -> unslothd.v1.DatasetSource
+	54, // 12: unslothd.v1.TrainRequest.eval_dataset:type_name -> unslothd.v1.DatasetSource
+	52, // 13: unslothd.v1.TrainRequest.training_config:type_name -> unslothd.v1.TrainingConfig
+	0,  // 14: unslothd.v1.TrainRequest.disconnect_policy:type_name -> unslothd.v1.DisconnectPolicy
+	45, // 15: unslothd.v1.TrainRequest.labels:type_name -> unslothd.v1.TrainRequest.LabelsEntry
+	55, // 16: unslothd.v1.TrainResponse.event:type_name -> unslothd.v1.TrainingEvent
+	55, // 17: unslothd.v1.WatchTrainingResponse.event:type_name -> unslothd.v1.TrainingEvent
+	51, // 18: unslothd.v1.GetModelResponse.model:type_name -> unslothd.v1.Model
+	51, // 19: unslothd.v1.ListModelsResponse.models:type_name -> unslothd.v1.Model
+	18, // 20: unslothd.v1.UploadDatasetRequest.header:type_name -> unslothd.v1.UploadDatasetHeader
+	56, // 21: unslothd.v1.UploadDatasetHeader.format:type_name -> unslothd.v1.DataFormat
+	57, // 22: unslothd.v1.UploadDatasetResponse.dataset:type_name -> unslothd.v1.Dataset
+	57, // 23: unslothd.v1.GetDatasetResponse.dataset:type_name -> unslothd.v1.Dataset
+	57, // 24: unslothd.v1.ListDatasetsResponse.datasets:type_name -> unslothd.v1.Dataset
+	54, // 25: unslothd.v1.PlanTrainingRequest.train_dataset:type_name -> unslothd.v1.DatasetSource
+	54, // 26: unslothd.v1.PlanTrainingRequest.eval_dataset:type_name -> unslothd.v1.DatasetSource
+	52, // 27: unslothd.v1.PlanTrainingRequest.training_config:type_name -> unslothd.v1.TrainingConfig
+	58, // 28: unslothd.v1.PlanTrainingResponse.plan:type_name -> unslothd.v1.TrainingPlan
+	59, // 29: unslothd.v1.GetTrainingResponse.training:type_name -> unslothd.v1.Training
+	60, // 30: unslothd.v1.ListTrainingsRequest.states:type_name -> unslothd.v1.Training.State
+	46, // 31: unslothd.v1.ListTrainingsRequest.labels:type_name -> unslothd.v1.ListTrainingsRequest.LabelsEntry
+	59, // 32: unslothd.v1.ListTrainingsResponse.trainings:type_name -> unslothd.v1.Training
+	59, // 33: unslothd.v1.CancelTrainingResponse.training:type_name -> unslothd.v1.Training
+	59, // 34: unslothd.v1.PauseTrainingResponse.training:type_name -> unslothd.v1.Training
+	59, // 35: unslothd.v1.ResumeTrainingResponse.training:type_name -> unslothd.v1.Training
+	61, // 36: unslothd.v1.GenerateRequest.chat:type_name -> unslothd.v1.ChatMessages
+	62, // 37: unslothd.v1.GenerateResponse.summary:type_name -> unslothd.v1.GenerateSummary
+	63, // 38: unslothd.v1.ExportModelRequest.checkpoint:type_name -> unslothd.v1.TrainingCheckpoint
+	64, // 39: unslothd.v1.ExportModelRequest.format:type_name -> unslothd.v1.ExportFormat
+	65, // 40: unslothd.v1.ExportModelResponse.progress:type_name -> unslothd.v1.ExportProgress
+	66, // 41: unslothd.v1.ExportModelResponse.artifact:type_name -> unslothd.v1.Artifact
+	63, // 42: unslothd.v1.DownloadArtifactRequest.checkpoint:type_name -> unslothd.v1.TrainingCheckpoint
+	67, // 43: unslothd.v1.DownloadArtifactResponse.file:type_name -> unslothd.v1.ArtifactFile
+	1,  // 44: unslothd.v1.UnslothService.GetServerInfo:input_type -> unslothd.v1.GetServerInfoRequest
+	3,  // 45: unslothd.v1.UnslothService.LoadModel:input_type -> unslothd.v1.LoadModelRequest
+	5,  // 46: unslothd.v1.UnslothService.PrepareForTraining:input_type -> unslothd.v1.PrepareForTrainingRequest
+	11, // 47: unslothd.v1.UnslothService.GetModel:input_type -> unslothd.v1.GetModelRequest
+	13, // 48: unslothd.v1.UnslothService.ListModels:input_type -> unslothd.v1.ListModelsRequest
+	15, // 49: unslothd.v1.UnslothService.UnloadModel:input_type -> unslothd.v1.UnloadModelRequest
+	17, // 50: unslothd.v1.UnslothService.UploadDataset:input_type -> unslothd.v1.UploadDatasetRequest
+	20, // 51: unslothd.v1.UnslothService.GetDataset:input_type -> unslothd.v1.GetDatasetRequest
+	22, // 52: unslothd.v1.UnslothService.ListDatasets:input_type -> unslothd.v1.ListDatasetsRequest
+	24, // 53: unslothd.v1.UnslothService.DeleteDataset:input_type -> unslothd.v1.DeleteDatasetRequest
+	26, // 54: unslothd.v1.UnslothService.PlanTraining:input_type -> unslothd.v1.PlanTrainingRequest
+	7,  // 55: unslothd.v1.UnslothService.Train:input_type -> unslothd.v1.TrainRequest
+	9,  // 56: unslothd.v1.UnslothService.WatchTraining:input_type -> unslothd.v1.WatchTrainingRequest
+	28, // 57: unslothd.v1.UnslothService.GetTraining:input_type -> unslothd.v1.GetTrainingRequest
+	30, // 58: unslothd.v1.UnslothService.ListTrainings:input_type -> unslothd.v1.ListTrainingsRequest
+	32, // 59: unslothd.v1.UnslothService.CancelTraining:input_type -> unslothd.v1.CancelTrainingRequest
+	34, // 60: unslothd.v1.UnslothService.PauseTraining:input_type -> unslothd.v1.PauseTrainingRequest
+	36, // 61: unslothd.v1.UnslothService.ResumeTraining:input_type -> unslothd.v1.ResumeTrainingRequest
+	38, // 62: unslothd.v1.UnslothService.Generate:input_type -> unslothd.v1.GenerateRequest
+	40, // 63: unslothd.v1.UnslothService.ExportModel:input_type -> unslothd.v1.ExportModelRequest
+	42, // 64: unslothd.v1.UnslothService.DownloadArtifact:input_type -> unslothd.v1.DownloadArtifactRequest
+	2,  // 65: unslothd.v1.UnslothService.GetServerInfo:output_type -> unslothd.v1.GetServerInfoResponse
+	4,  // 66: unslothd.v1.UnslothService.LoadModel:output_type -> unslothd.v1.LoadModelResponse
+	6,  // 67: unslothd.v1.UnslothService.PrepareForTraining:output_type -> unslothd.v1.PrepareForTrainingResponse
+	12, // 68: unslothd.v1.UnslothService.GetModel:output_type -> unslothd.v1.GetModelResponse
+	14, // 69: unslothd.v1.UnslothService.ListModels:output_type -> unslothd.v1.ListModelsResponse
+	16, // 70: unslothd.v1.UnslothService.UnloadModel:output_type -> unslothd.v1.UnloadModelResponse
+	19, // 71: unslothd.v1.UnslothService.UploadDataset:output_type -> unslothd.v1.UploadDatasetResponse
+	21, // 72: unslothd.v1.UnslothService.GetDataset:output_type -> unslothd.v1.GetDatasetResponse
+	23, // 73: unslothd.v1.UnslothService.ListDatasets:output_type -> unslothd.v1.ListDatasetsResponse
+	25, // 74: unslothd.v1.UnslothService.DeleteDataset:output_type -> unslothd.v1.DeleteDatasetResponse
+	27, // 75: unslothd.v1.UnslothService.PlanTraining:output_type -> unslothd.v1.PlanTrainingResponse
+	8,  // 76: unslothd.v1.UnslothService.Train:output_type -> unslothd.v1.TrainResponse
+	10, // 77: unslothd.v1.UnslothService.WatchTraining:output_type -> unslothd.v1.WatchTrainingResponse
+	29, // 78: unslothd.v1.UnslothService.GetTraining:output_type -> unslothd.v1.GetTrainingResponse
+	31, // 79: unslothd.v1.UnslothService.ListTrainings:output_type -> unslothd.v1.ListTrainingsResponse
+	33, // 80: unslothd.v1.UnslothService.CancelTraining:output_type -> unslothd.v1.CancelTrainingResponse
+	35, // 81: unslothd.v1.UnslothService.PauseTraining:output_type -> unslothd.v1.PauseTrainingResponse
+	37, // 82: unslothd.v1.UnslothService.ResumeTraining:output_type -> unslothd.v1.ResumeTrainingResponse
+	39, // 83: unslothd.v1.UnslothService.Generate:output_type -> unslothd.v1.GenerateResponse
+	41, // 84: unslothd.v1.UnslothService.ExportModel:output_type -> unslothd.v1.ExportModelResponse
+	43, // 85: unslothd.v1.UnslothService.DownloadArtifact:output_type -> unslothd.v1.DownloadArtifactResponse
+	65, // [65:86] is the sub-list for method output_type
+	44, // [44:65] is the sub-list for method input_type
+	44, // [44:44] is the sub-list for extension type_name
+	44, // [44:44] is the sub-list for extension extendee
+	0,  // [0:44] is the sub-list for field type_name
 }
 
 func init() { file_unslothd_v1_service_proto_init() }

@@ -53,10 +53,13 @@ const (
 // Long work (LoadModel, Train, ExportModel) is a stream of progress that ends with the result; it goes on when the
 // stream is dropped. Every error carries google.rpc.ErrorInfo (domain "unslothd", see ErrorReason); where fields are
 // wrong, google.rpc.BadRequest names all of them at once. Any call can end with INVALID_ARGUMENT (INVALID_FIELD),
-// RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name
-// what else it can end with.
+// UNAUTHENTICATED (TOKEN_MISSING, TOKEN_UNKNOWN, TOKEN_EXPIRED), PERMISSION_DENIED (INSUFFICIENT_SCOPE),
+// RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE, INLINE_ROWS_TOO_LARGE, TOO_MANY_REQUESTS, TOO_MANY_STREAMS,
+// DEADLINE_TOO_LONG), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name what else it can end
+// with.
 type UnslothServiceClient interface {
-	// Versions, devices and limits of this server. Answers at once, also while trainings run.
+	// Versions, devices and limits of this server, and whom it takes the caller for. Answers at once, also while
+	// trainings run.
 	GetServerInfo(ctx context.Context, in *GetServerInfoRequest, opts ...grpc.CallOption) (*GetServerInfoResponse, error)
 	// Loads a model into a worker of its own: progress, then the Model as the last message.
 	// Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND), PERMISSION_DENIED (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED),
@@ -78,7 +81,7 @@ type UnslothServiceClient interface {
 	// Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
 	// the same bytes again is free once they are stored.
 	// Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
-	// DISK_FULL).
+	// DISK_FULL), ABORTED (UPLOAD_STALLED).
 	UploadDataset(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[UploadDatasetRequest, UploadDatasetResponse], error)
 	// One stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND).
 	GetDataset(ctx context.Context, in *GetDatasetRequest, opts ...grpc.CallOption) (*GetDatasetResponse, error)
@@ -420,10 +423,13 @@ type UnslothService_DownloadArtifactClient = grpc.ServerStreamingClient[Download
 // Long work (LoadModel, Train, ExportModel) is a stream of progress that ends with the result; it goes on when the
 // stream is dropped. Every error carries google.rpc.ErrorInfo (domain "unslothd", see ErrorReason); where fields are
 // wrong, google.rpc.BadRequest names all of them at once. Any call can end with INVALID_ARGUMENT (INVALID_FIELD),
-// RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name
-// what else it can end with.
+// UNAUTHENTICATED (TOKEN_MISSING, TOKEN_UNKNOWN, TOKEN_EXPIRED), PERMISSION_DENIED (INSUFFICIENT_SCOPE),
+// RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE, INLINE_ROWS_TOO_LARGE, TOO_MANY_REQUESTS, TOO_MANY_STREAMS,
+// DEADLINE_TOO_LONG), UNAVAILABLE (SERVER_STOPPING) or INTERNAL (INTERNAL); the comments name what else it can end
+// with.
 type UnslothServiceServer interface {
-	// Versions, devices and limits of this server. Answers at once, also while trainings run.
+	// Versions, devices and limits of this server, and whom it takes the caller for. Answers at once, also while
+	// trainings run.
 	GetServerInfo(context.Context, *GetServerInfoRequest) (*GetServerInfoResponse, error)
 	// Loads a model into a worker of its own: progress, then the Model as the last message.
 	// Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND), PERMISSION_DENIED (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED),
@@ -445,7 +451,7 @@ type UnslothServiceServer interface {
 	// Stores rows on the server: a header, then chunks. Nothing is kept of an upload that fails or breaks off; sending
 	// the same bytes again is free once they are stored.
 	// Errors: INVALID_ARGUMENT (DATASET_ROW, DATASET_EMPTY, DATASET_DAMAGED), RESOURCE_EXHAUSTED (DATASET_TOO_LARGE,
-	// DISK_FULL).
+	// DISK_FULL), ABORTED (UPLOAD_STALLED).
 	UploadDataset(grpc.ClientStreamingServer[UploadDatasetRequest, UploadDatasetResponse]) error
 	// One stored dataset. Errors: NOT_FOUND (DATASET_NOT_FOUND).
 	GetDataset(context.Context, *GetDatasetRequest) (*GetDatasetResponse, error)
