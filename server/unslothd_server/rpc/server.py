@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import grpc.aio
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -10,6 +11,7 @@ from unslothd.v1 import service_pb2
 from unslothd.v1.service_pb2_grpc import add_UnslothServiceServicer_to_server
 from unslothd_server.app.service import Service
 from unslothd_server.rpc.interceptor import ContractInterceptor
+from unslothd_server.rpc.reflection import ReflectedPool
 from unslothd_server.rpc.servicer import UnslothServicer
 
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["UnslothService"].full_name
@@ -44,7 +46,8 @@ class RpcServer:
         add_UnslothServiceServicer_to_server(UnslothServicer(service), self._server)
         cast(Any, health_pb2_grpc).add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        pool = ReflectedPool(descriptor_pool.Default())
+        cast(Any, reflection).enable_server_reflection(names, self._server, pool=pool)  # it takes what acts as a pool
 
     async def start(self, address: str) -> int:
         """Listens on HOST:PORT; returns the port. Raises OSError when the address cannot be taken."""
