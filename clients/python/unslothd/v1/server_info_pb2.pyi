@@ -130,7 +130,7 @@ class ServerLimits(_message.Message):
     max_deadline_seconds: _builtins.float
     """Longest deadline that a call may have; a call without one is taken."""
     upload_idle_seconds: _builtins.float
-    """An upload that sends nothing for so long is ended."""
+    """A call whose sender is silent for so long is ended: an upload between chunks, any call before its request."""
     @_builtins.property
     def export_formats(self) -> _containers.RepeatedScalarFieldContainer[_artifact_pb2.ExportFormat.ValueType]:
         """Forms that ExportModel can write here; empty = none."""

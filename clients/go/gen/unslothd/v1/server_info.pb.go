@@ -251,7 +251,7 @@ type ServerLimits struct {
 	MaxRequestBurst int32 `protobuf:"varint,9,opt,name=max_request_burst,json=maxRequestBurst,proto3" json:"max_request_burst,omitempty"`
 	// Longest deadline that a call may have; a call without one is taken.
 	MaxDeadlineSeconds float64 `protobuf:"fixed64,10,opt,name=max_deadline_seconds,json=maxDeadlineSeconds,proto3" json:"max_deadline_seconds,omitempty"`
-	// An upload that sends nothing for so long is ended.
+	// A call whose sender is silent for so long is ended: an upload between chunks, any call before its request.
 	UploadIdleSeconds float64 `protobuf:"fixed64,11,opt,name=upload_idle_seconds,json=uploadIdleSeconds,proto3" json:"upload_idle_seconds,omitempty"`
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache

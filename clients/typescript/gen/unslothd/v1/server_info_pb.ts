@@ -149,7 +149,7 @@ export type ServerLimits = Message<"unslothd.v1.ServerLimits"> & {
   maxDeadlineSeconds: number;
 
   /**
-   * An upload that sends nothing for so long is ended.
+   * A call whose sender is silent for so long is ended: an upload between chunks, any call before its request.
    *
    * @generated from field: double upload_idle_seconds = 11;
    */
