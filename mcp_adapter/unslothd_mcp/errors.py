@@ -99,6 +99,8 @@ def _of_server(error: unslothd.UnslothdError, tool: str) -> Plain:
     content = _content(error.code.name, error.reason, error.message, error.field_violations, step)
     if isinstance(error, unslothd.TrainingFailed | unslothd.TrainingCancelled):
         content["training_id"] = error.training_id
+    if error.retry_after:
+        content["retry_after_seconds"] = error.retry_after
     return content | ({"metadata": error.metadata} if error.metadata else {})
 
 

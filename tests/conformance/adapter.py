@@ -137,8 +137,10 @@ def error_of(error: unslothd.UnslothdError) -> dict[str, Any]:
         "kind": type(error).__name__,
         "code": error.code.value[0],
         "reason": error.reason,
+        "message": error.message,
         "metadata": error.metadata,
         "fields": [each.field for each in error.field_violations],
+        "retry_after": error.retry_after,
     }
 
 

@@ -184,8 +184,12 @@ def _check_error(expected: Data, error: Data) -> None:
     assert (error["kind"], error["code"]) == (expected["kind"], code), error
     assert error["reason"] == expected.get("reason", ""), error
     assert sorted(error["fields"]) == sorted(expected.get("fields", [])), error
+    if "retry_after" in expected:
+        assert error["retry_after"] == expected["retry_after"], error
     for name in expected.get("metadata", []):
         assert name in error["metadata"], error
+    for text in expected.get("says", []):
+        assert text in error["message"], error
 
 
 def _check_requests(expected: Data, server: ScriptedServer) -> None:

@@ -47,15 +47,17 @@ def _spoken(word: Any, response: Any, request: Message, context: grpc.ServicerCo
         case {"cancelled": sequence}:
             yield response(event=Say.event(sequence, cancelled=training_event_pb2.TrainingCancelled(step=sequence)))
         case {"failed": sequence, **refusal}:
-            status = Say.status(grpc.StatusCode[refusal["code"]], refusal["reason"], "no")
+            retry_ms = int(refusal.get("retry_after", 0) * 1000)
+            status = Say.status(grpc.StatusCode[refusal["code"]], refusal["reason"], "no", retry_ms=retry_ms)
             yield response(event=Say.event(sequence, failed=training_event_pb2.TrainingFailed(error=status)))
         case {"unknown": sequence}:
             known = training_event_pb2.TrainingEvent(sequence=sequence, training_id=TRAINING)
             event = training_event_pb2.TrainingEvent.FromString(known.SerializeToString() + _KIND_OF_THE_FUTURE)
             yield response(event=event)
         case {"refuse": refusal}:
-            fields = refusal.get("fields", {})
-            Say.refuse(grpc.StatusCode[refusal["code"]], refusal["reason"], "no", **fields)(request, context)
+            fields, retry_ms = refusal.get("fields", {}), int(refusal.get("retry_after", 0) * 1000)
+            code = grpc.StatusCode[refusal["code"]]
+            Say.refuse(code, refusal["reason"], "no", retry_ms=retry_ms, **fields)(request, context)
         case {"send": message}:
             yield ParseDict(message, response())
         case _:

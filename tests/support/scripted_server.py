@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 
 import grpc
-from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from unslothd.v1 import service_pb2, training_event_pb2, training_pb2
@@ -136,17 +136,24 @@ class Say:
         return lambda _request, context: context.abort(code, "Socket closed")
 
     @staticmethod
-    def status(code: grpc.StatusCode, reason: str, message: str, **fields: str) -> Status:
-        details = [Any(), Any()]
-        details[0].Pack(ErrorInfo(reason=reason, domain="unslothd", metadata={"hint": "7"}))
+    def status(code: grpc.StatusCode, reason: str, message: str, *, retry_ms: int = 0, **fields: str) -> Status:
+        details: list[Message] = [ErrorInfo(reason=reason, domain="unslothd", metadata={"hint": "7"})]
         violations = [BadRequest.FieldViolation(field=name, description=text) for name, text in fields.items()]
-        details[1].Pack(BadRequest(field_violations=violations))
-        return Status(code=code.value[0], message=message, details=details if fields else details[:1])
+        if violations:
+            details.append(BadRequest(field_violations=violations))
+        if retry_ms:
+            details.append(RetryInfo(retry_delay=Duration(seconds=retry_ms // 1000, nanos=retry_ms % 1000 * 1_000_000)))
+        status = Status(code=code.value[0], message=message)
+        for detail in details:
+            status.details.add().Pack(detail)
+        return status
 
     @classmethod
-    def refuse(cls, code: grpc.StatusCode, reason: str, message: str = "no", **fields: str) -> Handler:
+    def refuse(
+        cls, code: grpc.StatusCode, reason: str, message: str = "no", *, retry_ms: int = 0, **fields: str
+    ) -> Handler:
         """Ends the call with an error of the server's own."""
-        status = cls.status(code, reason, message, **fields)
+        status = cls.status(code, reason, message, retry_ms=retry_ms, **fields)
 
         def serve(_request: Message, context: grpc.ServicerContext) -> None:
             context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))

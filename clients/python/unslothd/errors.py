@@ -22,12 +22,12 @@ To add one: give it the gRPC code in `_BY_CODE`. Programs tell causes apart by `
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, TypedDict, cast
 
 import grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 _DOMAIN = "unslothd"
@@ -57,6 +57,7 @@ class UnslothdError(Exception):
         reason: Stable name of the cause ("MODEL_NOT_FOUND"); empty when the error is not the server's own.
         metadata: Figures for programs, e.g. {"needed_bytes": "123"}.
         field_violations: Every wrong field of the request.
+        retry_after: Seconds after which the same call may succeed; 0 = nobody knows.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class UnslothdError(Exception):
         reason: str = "",
         metadata: Mapping[str, str] | None = None,
         field_violations: Sequence[FieldViolation] = (),
+        retry_after: float = 0.0,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -74,6 +76,7 @@ class UnslothdError(Exception):
         self.reason = reason
         self.metadata = dict(metadata or {})
         self.field_violations = tuple(field_violations)
+        self.retry_after = retry_after
 
 
 class InvalidRequest(UnslothdError):
@@ -87,8 +90,16 @@ class InvalidRequest(UnslothdError):
         reason: str = "",
         metadata: Mapping[str, str] | None = None,
         field_violations: Sequence[FieldViolation] = (),
+        retry_after: float = 0.0,
     ) -> None:
-        super().__init__(message, code=code, reason=reason, metadata=metadata, field_violations=field_violations)
+        super().__init__(
+            message,
+            code=code,
+            reason=reason,
+            metadata=metadata,
+            field_violations=field_violations,
+            retry_after=retry_after,
+        )
 
 
 class Unauthenticated(UnslothdError):
@@ -209,25 +220,25 @@ def _parsed(details: bytes) -> UnslothdError | None:
         return None
 
 
+class _Told(TypedDict):
+    """What a status says besides its text, as UnslothdError takes it."""
+
+    code: grpc.StatusCode
+    reason: str
+    metadata: dict[str, str]
+    field_violations: list[FieldViolation]
+    retry_after: float
+
+
 def from_status(status: Status) -> UnslothdError:
     """Returns the exception for a google.rpc.Status: that of a call, or of a training's failed event."""
-    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
-    info, violations = _details(status)
-    return _BY_CODE.get(code, UnslothdError)(
-        status.message, code=code, reason=info.reason, metadata=dict(info.metadata), field_violations=violations
-    )
+    told = _told(status)
+    return _BY_CODE.get(told["code"], UnslothdError)(status.message, **told)
 
 
 def training_failed(status: Status, training_id: str) -> TrainingFailed:
     """Returns the exception for a training that ended in STATE_FAILED with this error."""
-    info, violations = _details(status)
-    error = TrainingFailed(
-        status.message or f"training {training_id} failed",
-        code=_CODES.get(status.code, grpc.StatusCode.UNKNOWN),
-        reason=info.reason,
-        metadata=dict(info.metadata),
-        field_violations=violations,
-    )
+    error = TrainingFailed(status.message or f"training {training_id} failed", **_told(status))
     error.training_id = training_id
     return error
 
@@ -244,8 +255,8 @@ def training_cancelled(training_id: str, step: int) -> TrainingCancelled:
     return error
 
 
-def _details(status: Status) -> tuple[ErrorInfo, list[FieldViolation]]:
-    info = ErrorInfo()
+def _told(status: Status) -> _Told:
+    info, retry = ErrorInfo(), RetryInfo()
     violations: list[FieldViolation] = []
     detail: Any
     for detail in status.details:
@@ -255,4 +266,12 @@ def _details(status: Status) -> tuple[ErrorInfo, list[FieldViolation]]:
             violations += [FieldViolation(each.field, each.description) for each in bad_request.field_violations]
         elif detail.Unpack(candidate) and candidate.domain == _DOMAIN:
             info = candidate
-    return info, violations
+        else:
+            detail.Unpack(retry)
+    return {
+        "code": _CODES.get(status.code, grpc.StatusCode.UNKNOWN),
+        "reason": info.reason,
+        "metadata": dict(info.metadata),
+        "field_violations": violations,
+        "retry_after": retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9,
+    }

@@ -136,8 +136,9 @@ async function main(): Promise<void> {
     } catch (error) {
       if (stop.signal.aborted) say({ stopped: true });
       else if (error instanceof UnslothdError) {
-        const { kind, code, reason, metadata, fieldViolations } = error;
-        say({ error: { kind, code, reason, metadata, fields: fieldViolations.map(({ field }) => field) } });
+        const { kind, code, reason, message, metadata, fieldViolations, retryAfterMs } = error;
+        const fields = fieldViolations.map(({ field }) => field);
+        say({ error: { kind, code, reason, message, metadata, fields, retry_after: retryAfterMs / 1000 } });
       } else throw error;
     }
   };

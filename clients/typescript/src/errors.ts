@@ -140,6 +140,8 @@ export function trainingFailed(status: Status | undefined, trainingId: string): 
       if (info.domain === DOMAIN) Object.assign(fields, { reason: info.reason, metadata: info.metadata });
     } else if (typeUrl.endsWith("/google.rpc.BadRequest")) {
       fields.fieldViolations = violations(fromBinary(BadRequestSchema, value));
+    } else if (typeUrl.endsWith("/google.rpc.RetryInfo")) {
+      fields.retryAfterMs = milliseconds(fromBinary(RetryInfoSchema, value).retryDelay);
     }
   }
   return new UnslothdError(status?.message || `training ${trainingId} failed`, fields);

@@ -216,7 +216,8 @@ func sayOutcome(ctx context.Context, result any, err error) {
 		}
 		say(object{"error": object{
 			"kind": failure.Kind, "code": failure.Code, "reason": failure.Reason,
-			"metadata": failure.Metadata, "fields": fields,
+			"message": failure.Message, "metadata": failure.Metadata, "fields": fields,
+			"retry_after": failure.RetryAfter.Seconds(),
 		}})
 	default:
 		log.Fatal(err)

@@ -75,6 +75,7 @@ def _error_dict(error: unslothd.UnslothdError) -> dict[str, object]:
         "reason": error.reason,
         "message": error.message,
         "metadata": error.metadata,
+        "retry_after": error.retry_after,
         "field_violations": [{"field": each.field, "description": each.description} for each in error.field_violations],
     }
 
