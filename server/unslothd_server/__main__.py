@@ -25,8 +25,10 @@ from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.app.service import Service
 from unslothd_server.app.training_store import TrainingStore
 from unslothd_server.app.trainings import Trainings
-from unslothd_server.config import ConfigError, Settings, load_settings
+from unslothd_server.config import Settings
+from unslothd_server.config_sources import ConfigError, load_settings
 from unslothd_server.errors import ExhaustedError
+from unslothd_server.flags import with_setting_flags
 from unslothd_server.home_lock import HomeLock, HomeTakenError
 from unslothd_server.rpc.server import RpcServer
 from unslothd_server.workers.devices import HostDevices
@@ -40,7 +42,7 @@ log = structlog.get_logger()
 
 def run(argv: list[str]) -> int:
     """Runs `unslothd serve` with its arguments; returns the exit code: 0 ended by a signal, 1 could not, 2 usage."""
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)  # a table would cut long flags
     app.command()(serve_command)
     try:
         code = app(args=argv, prog_name="unslothd serve", standalone_mode=False)
@@ -54,62 +56,29 @@ def run(argv: list[str]) -> int:
     return code or 0
 
 
+@with_setting_flags
 def serve_command(
-    listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT to serve on; port 0 takes a free one. (default 127.0.0.1:50051)")
-    ] = None,
-    home: Annotated[
-        Path | None, typer.Option(help="Folder for the server's state: workers, trainings. (default ~/.unslothd)")
-    ] = None,
-    output_root: Annotated[
-        Path | None, typer.Option(help="Folder for adapters, checkpoints and logs. (default ./unslothd-output)")
-    ] = None,
-    model_root: Annotated[
-        list[Path] | None,
-        typer.Option(help="Folder that models and datasets may be read from. Repeat it for several."),
-    ] = None,
-    allow_insecure_listen: Annotated[
-        bool | None,
-        typer.Option("--allow-insecure-listen", help="Serve on an address that other hosts reach, without TLS."),
-    ] = None,
-    on_shutdown: Annotated[
-        str | None,
+    flags: dict[str, object],
+    *,
+    config: Annotated[
+        Path | None,
         typer.Option(
-            metavar="pause|continue",
-            help="What trainings do when the server stops: pause with a checkpoint, or go on without it. Either way "
-            "the next server on this home goes on with them. (default pause)",
+            metavar="FILE",
+            help="TOML file with settings. (default ~/.config/unslothd/server.toml, else /etc/unslothd/server.toml)",
         ),
     ] = None,
-    stall_seconds: Annotated[
-        float | None,
-        typer.Option(help="A training that does nothing for so long has hung, and gets another worker. (default 1800)"),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool | None, typer.Option("--trust-remote-code", help="Run code that model repositories bring along.")
-    ] = None,
-    max_loaded_models: Annotated[int | None, typer.Option(help="Most models at a time. (default 8)")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every call.")] = False,
 ) -> None:
     """Serves fine-tuning over gRPC until Ctrl-C.
 
-    Every option can also be an environment variable: --home is UNSLOTHD_HOME, and so on, and UNSLOTHD_MODEL_ROOTS
-    holds all model roots, separated by ":". Flags win.
+    Every setting can be a flag, an environment variable (--home is UNSLOTHD_HOME) or a key of the file (home); a flag
+    wins over the environment, and that over the file.
 
     Example: unslothd serve --listen 127.0.0.1:50051 --home ~/.unslothd --output-root ~/adapters --model-root ~/models
     """
     _set_up_logging(verbose=verbose)
     try:
-        settings = load_settings(
-            listen=listen,
-            home=home,
-            output_root=output_root,
-            model_roots=tuple(model_root) if model_root else None,
-            allow_insecure_listen=allow_insecure_listen,
-            on_shutdown=on_shutdown,
-            stall_seconds=stall_seconds,
-            trust_remote_code=trust_remote_code,
-            max_loaded_models=max_loaded_models,
-        )
+        settings = load_settings(flags, config=config)
     except ConfigError as error:
         typer.echo(f"unslothd serve cannot start with these settings:\n{error}", err=True)
         raise typer.Exit(2) from None

@@ -62,7 +62,12 @@ class RunningServer:
                 stderr=log,
                 cwd=folder,
                 preexec_fn=heed_modes if heeds_modes else None,  # noqa: PLW1509 - it calls prctl and nothing else
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(sys.path),
+                    "UNSLOTHD_CONFIG": "",  # no file of this machine
+                    **(environment or {}),
+                },
             )
         try:
             self.target = self._wait_for_address()
