@@ -43,6 +43,10 @@ UNSLOTHD_MAX_LOADED_MODELS: Input should be greater than or equal to 1 (got '0')
 --listen: "5000" is not HOST:PORT; for example 127.0.0.1:50051 (got '5000')
 ```
 
+`unslothd serve --check` with the same flags, variables and file prints every setting with its value and place, and all
+that a start would refuse: a home that another server uses, folders that take no writes, an address that is taken. It
+ends with 0 when a start would be accepted, else with 2, and changes nothing.
+
 ## Settings
 
 | Key in the file | Flag | Variable | Default | What it is |

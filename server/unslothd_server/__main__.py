@@ -25,6 +25,7 @@ from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.app.service import Service
 from unslothd_server.app.training_store import TrainingStore
 from unslothd_server.app.trainings import Trainings
+from unslothd_server.checks.start import report_start
 from unslothd_server.config import Settings
 from unslothd_server.config_sources import ConfigError, load_settings
 from unslothd_server.errors import ExhaustedError
@@ -67,6 +68,9 @@ def serve_command(
             help="TOML file with settings. (default ~/.config/unslothd/server.toml, else /etc/unslothd/server.toml)",
         ),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Say what a start would refuse, and the settings in force; start nothing.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every call.")] = False,
 ) -> None:
     """Serves fine-tuning over gRPC until Ctrl-C.
@@ -82,6 +86,8 @@ def serve_command(
     except ConfigError as error:
         typer.echo(f"unslothd serve cannot start with these settings:\n{error}", err=True)
         raise typer.Exit(2) from None
+    if check:
+        raise typer.Exit(report_start(settings))
     try:
         asyncio.run(serve(settings))
     except (OSError, HomeTakenError, ExhaustedError) as error:
