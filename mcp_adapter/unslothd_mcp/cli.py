@@ -1,7 +1,6 @@
 """The command `unslothd-mcp`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,15 @@ import anyio
 import unslothd
 from unslothd_mcp.settings import Settings
 
-_DEFAULT_TARGET = "127.0.0.1:50051"
+# What AsyncClient takes, its flag, what is to be written there, and what it does.
+_SERVER_OPTIONS = {
+    "target": ("--target", "HOST:PORT", "where it is; default: 127.0.0.1:50051"),
+    "token_file": ("--token-file", "FILE", "your token for it"),
+    "ca": ("--ca", "FILE", "use TLS, and trust the authority of this PEM file"),
+    "client_certificate": ("--client-cert", "FILE", "certificate to show, in PEM"),
+    "client_key": ("--client-key", "FILE", "its private key"),
+    "profile": ("--profile", "NAME", "profile to take the rest from"),
+}
 _EXAMPLES = """\
 A host starts it and talks to it over stdin and stdout. In the host's configuration:
 
@@ -47,10 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         allowed_roots=roots,
     )
     try:
+        client = unslothd.AsyncClient(**{name: getattr(options, name) for name in (*_SERVER_OPTIONS, "tls")})
+    except ValueError as error:
+        command.error(str(error))
+    try:
         if options.http is None:
-            anyio.run(_stdio, options.target, settings)
+            anyio.run(_stdio, client, settings)
         else:
-            _http(command, options, settings)
+            _http(command, options, client, settings)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -64,12 +75,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
-    add(
-        "--target",
-        metavar="HOST:PORT",
-        default=os.environ.get("UNSLOTHD_TARGET") or _DEFAULT_TARGET,
-        help=f"the unslothd server; default: UNSLOTHD_TARGET, else {_DEFAULT_TARGET}",
-    )
+    _add_server_options(command)
     add("--read-only", action="store_true", help="offer only the tools that change nothing")
     add("--max-steps", type=_positive_int, metavar="N", help="most optimizer steps of a training; default: no limit")
     add(
@@ -98,14 +104,27 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-async def _stdio(target: str, settings: Settings) -> None:
+def _add_server_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "the unslothd server",
+        "Each may come from the environment (UNSLOTHD_TARGET, …) or from a profile in\n"
+        "~/.config/unslothd/config.toml, too; flags win, then the environment.",
+    )
+    for name, (flag, metavar, text) in _SERVER_OPTIONS.items():
+        group.add_argument(flag, dest=name, metavar=metavar, help=text)
+    group.add_argument("--tls", action="store_true", default=None, help="use TLS, and trust the public authorities")
+
+
+async def _stdio(client: unslothd.AsyncClient, settings: Settings) -> None:
     from unslothd_mcp.app import Adapter
     from unslothd_mcp.session import Session
 
-    await Adapter(Session(unslothd.AsyncClient(target), settings)).run_stdio_async()
+    await Adapter(Session(client, settings)).run_stdio_async()
 
 
-def _http(command: argparse.ArgumentParser, options: argparse.Namespace, settings: Settings) -> None:
+def _http(
+    command: argparse.ArgumentParser, options: argparse.Namespace, client: unslothd.AsyncClient, settings: Settings
+) -> None:
     from unslothd_mcp import http
     from unslothd_mcp.session import Session
 
@@ -121,7 +140,7 @@ def _http(command: argparse.ArgumentParser, options: argparse.Namespace, setting
             command.error(f"--http-token-file: {error}")
     elif not http.is_loopback(host):
         command.error(f"--http: others can reach {host}; add --http-token-file, and a proxy with TLS in front")
-    anyio.run(http.serve, Session(unslothd.AsyncClient(options.target), settings), host, int(port), tokens)
+    anyio.run(http.serve, Session(client, settings), host, int(port), tokens)
 
 
 def _positive(text: str) -> float:

@@ -60,10 +60,15 @@ for _method in service_pb2.DESCRIPTOR.services_by_name["UnslothService"].methods
 
 
 class ScriptedServer:
-    """The script behind a port; it can be stopped as by a crash and started again on the same port."""
+    """The script behind a port; it can be stopped as by a crash and started again on the same port.
 
-    def __init__(self) -> None:
+    Args:
+        credentials: For TLS; None = plain text.
+    """
+
+    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self.script = Script()
+        self._credentials = credentials
         self.port = 0
         self.start()
 
@@ -74,7 +79,11 @@ class ScriptedServer:
     def start(self) -> None:
         self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=8), options=[("grpc.so_reuseport", 0)])
         add_UnslothServiceServicer_to_server(self.script, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        address = f"127.0.0.1:{self.port}"
+        if self._credentials is None:
+            self.port = self._server.add_insecure_port(address)
+        else:
+            self.port = self._server.add_secure_port(address, self._credentials)
         assert self.port
         self._server.start()
 

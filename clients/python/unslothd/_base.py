@@ -1,20 +1,20 @@
 """What both clients are made of: settings, channel options, and the flow behind each method."""
 
-import os
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
-from unslothd import _datasets, _flows, _requests, _upload
+from unslothd import _connection, _datasets, _flows, _requests, _upload
+from unslothd._connection import Pem
 from unslothd._datasets import DatasetLike
 from unslothd._drive import Metadata
 from unslothd._retry import Peer, Retry
 from unslothd._upload_sources import FormatName
 from unslothd.v1 import dataset_pb2, model_pb2, service_pb2
 
-DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 60.0
 DEFAULT_RECONNECT_TIMEOUT = 120.0
 # Attaching an adapter to a large model, and ending a worker, take longer than a look-up.
@@ -40,32 +40,71 @@ _CHANNEL_OPTIONS: dict[str, int] = {
 class BaseClient:
     """Settings of a client, and the flows that its methods run.
 
+    Where, how and as whom it connects comes from the argument, else the environment variable, else the profile, else
+    the default. An argument that is None is not given. docs/connecting.md has it all.
+
     Args:
-        target: HOST:PORT of the server; None = the environment variable UNSLOTHD_TARGET, else 127.0.0.1:50051.
-        credentials: For TLS, e.g. grpc.ssl_channel_credentials(); None = plain text.
-        metadata: Sent with every call, e.g. {"authorization": "Bearer …"}.
+        target: HOST:PORT of the server; UNSLOTHD_TARGET; default 127.0.0.1:50051.
+        token: Sent as "authorization: Bearer …" with every call; UNSLOTHD_TOKEN. Never sent over a plain connection to
+            another host.
+        token_file: File with the token instead; UNSLOTHD_TOKEN_FILE.
+        ca: Certificates of the authority that signed the server's, as a PEM file or its bytes; UNSLOTHD_CA. Turns TLS
+            on.
+        client_certificate: Shown to the server, as a PEM file or its bytes; UNSLOTHD_CLIENT_CERT. Turns TLS on.
+        client_key: Its private key; UNSLOTHD_CLIENT_KEY.
+        tls: True = TLS that trusts the public authorities, where there is no `ca`; UNSLOTHD_TLS.
+        profile: Name of a profile in ~/.config/unslothd/config.toml; UNSLOTHD_PROFILE; by default the one that is
+            called "default", where no target is given.
+        credentials: gRPC's own, in place of ca, client_certificate, client_key and tls.
+        metadata: More headers for every call.
         timeout: Seconds for one call that is not a stream; prepare and unload_model have at least ten minutes.
         reconnect_timeout: Seconds without progress after which a lost connection is given up. A server that has never
             answered is given up sooner.
         options: More gRPC channel options; they win over the client's own.
+
+    Raises:
+        ValueError: The settings cannot be used; the text has a line for each problem.
     """
 
     def __init__(
         self,
         target: str | None = None,
         *,
+        token: str | None = None,
+        token_file: str | PathLike[str] | None = None,
+        ca: Pem | None = None,
+        client_certificate: Pem | None = None,
+        client_key: Pem | None = None,
+        tls: bool | None = None,
+        profile: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Mapping[str, str] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         reconnect_timeout: float = DEFAULT_RECONNECT_TIMEOUT,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.target = target or os.environ.get("UNSLOTHD_TARGET") or DEFAULT_TARGET
+        connection = _connection.resolve(
+            {
+                "target": target,
+                "token": token,
+                "token_file": token_file,
+                "ca": ca,
+                "client_certificate": client_certificate,
+                "client_key": client_key,
+                "tls": tls,
+                "profile": profile,
+            },
+            credentials=credentials,
+            metadata=metadata,
+        )
+        self.target = connection.target
         self.timeout = timeout
         self.reconnect_timeout = reconnect_timeout
-        self._credentials = credentials
-        self._metadata: Metadata = tuple((metadata or {}).items())
-        self._options: list[tuple[str, Any]] = list({**_CHANNEL_OPTIONS, **(options or {})}.items())
+        self._credentials = connection.credentials
+        self._metadata: Metadata = tuple(connection.headers.items())
+        self._options: list[tuple[str, Any]] = list(
+            {**_CHANNEL_OPTIONS, **connection.options, **(options or {})}.items()
+        )
         self._peer = Peer()
 
     def _stream_retry(self) -> Retry:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Self, cast
 
 import grpc
@@ -28,7 +28,7 @@ class Transport:
 
     stub: UnslothServiceStub
     target: str
-    metadata: Metadata = ()
+    metadata: Metadata = field(default=(), repr=False)  # it may hold a token
 
     def start(self, method: str, request: Message, timeout: float | None) -> Any:
         """Starts a call: a stream, an awaitable, or (unary, synchronous) the response itself."""

@@ -30,6 +30,8 @@ from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
+from unslothd._hints import hint
+
 _DOMAIN = "unslothd"
 _DETAILS_KEY = "grpc-status-details-bin"
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
@@ -177,13 +179,6 @@ _BY_CODE: dict[grpc.StatusCode, type[UnslothdError]] = {
     grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
     grpc.StatusCode.INTERNAL: Internal,
 }
-_HINTS: dict[grpc.StatusCode, str] = {
-    grpc.StatusCode.UNAVAILABLE: "Check that `unslothd serve` runs there and that the target is right.",
-    grpc.StatusCode.DEADLINE_EXCEEDED: "Pass a larger timeout to the client, or look at the server's log.",
-    grpc.StatusCode.RESOURCE_EXHAUSTED: (
-        "If the message is too large: upload the rows with client.upload_dataset(rows) and pass what that returns."
-    ),
-}
 
 
 class _RpcError(Protocol):
@@ -210,7 +205,8 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> UnslothdError:
     code = call.code() or grpc.StatusCode.UNKNOWN
     text = f"{call.details() or code.name} (server {target})"
     kind = _BY_CODE.get(code, UnslothdError)
-    return kind(f"{text}. {_HINTS[code]}" if code in _HINTS else text, code=code)
+    step = hint(code, text)
+    return kind(f"{text}. {step}" if step else text, code=code)
 
 
 def _parsed(details: bytes) -> UnslothdError | None:

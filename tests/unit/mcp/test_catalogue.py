@@ -139,8 +139,29 @@ def test_the_help_teaches_how_hosts_start_it():
         cwd=ROOT / "mcp_adapter",
     )
     assert '"mcpServers"' in done.stdout
-    for option in ("--target", "--read-only", "--max-steps", "--max-gpu-minutes", "--allowed-root", "--http"):
+    for option in (
+        "--target",
+        "--token-file",
+        "--ca",
+        "--profile",
+        "--read-only",
+        "--max-steps",
+        "--max-gpu-minutes",
+        "--allowed-root",
+        "--http",
+    ):
         assert option in done.stdout
+
+
+def test_a_way_to_the_server_that_would_show_the_token_is_wrong_usage(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("UNSLOTHD_TOKEN", "unslothd_planted-token")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--target", "gpu-host:50051"])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "a token for gpu-host:50051 would travel in plain text" in told
+    assert "planted" not in told
 
 
 def test_the_configurations_of_hosts_in_the_docs_start_it():

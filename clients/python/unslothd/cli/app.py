@@ -10,7 +10,7 @@ from unslothd.cli import artifacts, chat, datasets, generate, info, models, plan
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 the call or the training failed, or the training was cancelled, or files are not as their "
     "receipt says; 2 wrong usage; 130 detached by Ctrl-C. Every command but serve takes --json for scripts, and "
-    "--target (or UNSLOTHD_TARGET) for another server."
+    "--target, --token-file, --ca and --profile for another server: docs/connecting.md."
 )
 
 app = typer.Typer(

@@ -11,7 +11,6 @@ from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColum
 
 import unslothd
 from unslothd._artifacts import ExportFormatName
-from unslothd._base import DEFAULT_TARGET
 from unslothd.cli import options, texts
 from unslothd.cli.bars import Bars
 from unslothd.cli.session import DETACHED, FAILED, Output, session
@@ -29,6 +28,7 @@ def register(app: typer.Typer) -> None:
     )
 
 
+@options.connects
 def export(
     source: Annotated[str, typer.Argument(metavar="MODEL_OR_TRAINING", help="Id of a loaded model or of a training.")],
     format: Annotated[ExportFormatName, typer.Option(help="Form to write; `unslothd info` shows the possible ones.")],
@@ -39,11 +39,12 @@ def export(
     gguf_quantization: Annotated[
         str, typer.Option(metavar="NAME", help="With gguf: q4_k_m, q8_0, f16 and so on. (default q8_0)")
     ] = "",
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
+    *,
+    server: options.Server,
 ) -> None:
     """Write a model, a training's result or a checkpoint in another form, on the server."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         with _interrupted(out, "The export goes on on the server"), Bars(out, MofNCompleteColumn()) as bars:
             artifact = client.export(
                 source if step is None else (source, step),
@@ -65,6 +66,7 @@ def _show(artifact: unslothd.Artifact, out: Output) -> None:
     out.note(f"Fetch it: unslothd download {artifact.artifact_id}")
 
 
+@options.connects
 def download(
     source: Annotated[
         str, typer.Argument(metavar="ARTIFACT_OR_TRAINING", help="Id that export printed, or of a training.")
@@ -73,12 +75,13 @@ def download(
     step: Step = None,
     to: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder here. (default one named by the id)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of other content.")] = False,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
+    *,
+    server: options.Server,
 ) -> None:
     """Fetch files, checked by their hashes. Run it again after a break: it goes on where it stopped."""
     folder = to if to is not None else Path(_folder_name(source, step))
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         try:
             columns = DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
             with _interrupted(out, f"What has come is kept in {folder}"), Bars(out, *columns) as bars:

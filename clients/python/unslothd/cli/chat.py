@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 import unslothd
-from unslothd._base import DEFAULT_TARGET
 from unslothd.cli import options
 from unslothd.cli.generate import GenerationOptions
 from unslothd.cli.session import Output, as_dict, session
@@ -24,19 +23,20 @@ def register(app: typer.Typer) -> None:
 
 
 @options.takes("how", GenerationOptions)
+@options.connects
 def chat(
     model_id: Annotated[str, typer.Argument(metavar="MODEL_ID", help="As `unslothd models list` shows it.")],
     system: Annotated[str | None, typer.Option(help="System turn before the conversation.")] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer without and with the adapter; the second is gone on with.")
     ] = False,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
     *,
     how: unslothd.GenerationOptions,
+    server: options.Server,
 ) -> None:
     """Talk to a loaded model. Commands: /reset, /quit. Ctrl-C stops an answer, not the program."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         client.get_model(model_id)  # a wrong id is said before anything is typed
         conversation = _Conversation(client, out, model_id, system, how)
         if sys.stdin.isatty():

@@ -8,7 +8,6 @@ from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColu
 from rich.table import Column, Table
 
 import unslothd
-from unslothd._base import DEFAULT_TARGET
 from unslothd._upload_sources import FormatName
 from unslothd.cli import options, texts
 from unslothd.cli.bars import Bars
@@ -27,15 +26,17 @@ def register(app: typer.Typer) -> None:
     app.add_typer(datasets, name="datasets", help="Upload rows once, to train on them any number of times.")
 
 
+@options.connects
 def upload(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .jsonl, .json, .csv, .parquet or .arrow file.")],
     name: Annotated[str, typer.Option(help="For people; need not be unique. (default the name of the file)")] = "",
     format: Annotated[FormatName | None, typer.Option(help="Of a file whose name does not say it.")] = None,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
+    *,
+    server: options.Server,
 ) -> None:
     """Store a file of rows on the server, checked on the way. Rows that the server has already are not sent."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         with Bars(out, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bars:
             dataset = client.upload_dataset(
                 file,
@@ -48,13 +49,15 @@ def upload(
             out.note(f"Train on it: unslothd train --model NAME --dataset {dataset.dataset_id}")
 
 
+@options.connects
 def list_datasets(
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
+    *,
+    server: options.Server,
 ) -> None:
     """List stored datasets, newest first."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         found = client.list_datasets(limit=limit)
         if as_json:
             for dataset in found:
@@ -74,9 +77,10 @@ def _table(datasets: list[unslothd.Dataset]) -> Table:
     return table
 
 
-def get(dataset_id: DatasetId, target: options.Target = DEFAULT_TARGET, as_json: options.Json = False) -> None:
+@options.connects
+def get(dataset_id: DatasetId, as_json: options.Json = False, *, server: options.Server) -> None:
     """Show one stored dataset."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         _show(client.get_dataset(dataset_id), out)
 
 
@@ -98,9 +102,10 @@ def _show(dataset: unslothd.Dataset, out: Output) -> None:
             out.line(f"{name:12}{value}")
 
 
-def delete(dataset_id: DatasetId, target: options.Target = DEFAULT_TARGET, as_json: options.Json = False) -> None:
+@options.connects
+def delete(dataset_id: DatasetId, as_json: options.Json = False, *, server: options.Server) -> None:
     """Remove a stored dataset; refused while a training that is not over reads it."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         client.delete_dataset(dataset_id)
         if not as_json:
             out.note(f"{dataset_id} is gone")

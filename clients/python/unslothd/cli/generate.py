@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 import unslothd
-from unslothd._base import DEFAULT_TARGET
 from unslothd._requests import Prompt
 from unslothd.cli import options, texts
 from unslothd.cli.session import as_dict, session
@@ -31,19 +30,20 @@ def register(app: typer.Typer) -> None:
 
 
 @options.takes("how", GenerationOptions)
+@options.connects
 def generate(
     model_id: Annotated[str, typer.Argument(metavar="MODEL_ID", help="As `unslothd models list` shows it.")],
     prompt: Annotated[str, typer.Argument(help='Text to go on with; "-" reads it from stdin.')],
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn: use the chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System turn before it; implies --chat.")] = None,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
     *,
     how: unslothd.GenerationOptions,
+    server: options.Server,
 ) -> None:
     """Generate text, shown as it is made."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         stream = client.generate(model_id, _prompt(text, chat, system), **how)
         if as_json:
             answer = stream.text()

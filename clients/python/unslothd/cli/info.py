@@ -3,7 +3,6 @@
 import typer
 from rich.table import Table
 
-from unslothd._base import DEFAULT_TARGET
 from unslothd.cli import options, texts
 from unslothd.cli.session import Output, session
 from unslothd.v1.service_pb2 import GetServerInfoResponse
@@ -14,14 +13,15 @@ def register(app: typer.Typer) -> None:
     app.command("info", epilog="Example: unslothd info --target gpu-host:50051")(info)
 
 
-def info(target: options.Target = DEFAULT_TARGET, as_json: options.Json = False) -> None:
+@options.connects
+def info(as_json: options.Json = False, *, server: options.Server) -> None:
     """Show versions, devices and limits of the server."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         answer = client.server_info()
         if as_json:
             out.json(answer)
         else:
-            _show(answer, target, out)
+            _show(answer, client.target, out)
 
 
 def _show(answer: GetServerInfoResponse, target: str, out: Output) -> None:

@@ -8,7 +8,6 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 import unslothd
-from unslothd._base import DEFAULT_TARGET
 from unslothd.cli import options, texts
 from unslothd.cli.session import Output, session
 
@@ -29,9 +28,10 @@ def register(app: typer.Typer) -> None:
     app.add_typer(models, name="models", help="Load, prepare, list and unload models.")
 
 
-def list_models(target: options.Target = DEFAULT_TARGET, as_json: options.Json = False) -> None:
+@options.connects
+def list_models(as_json: options.Json = False, *, server: options.Server) -> None:
     """List the models that are loaded."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         found = client.list_models()
         if as_json:
             for model in found:
@@ -61,6 +61,7 @@ def _table(models: list[unslothd.Model]) -> Table:
 
 
 @options.takes("load_options", options.LoadOptions)
+@options.connects
 def load(
     model_name: Annotated[
         str,
@@ -69,13 +70,13 @@ def load(
             "or training:ID/checkpoint-STEP."
         ),
     ],
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
     *,
     load_options: unslothd.LoadOptions,
+    server: options.Server,
 ) -> None:
     """Load a model and wait until it is ready."""
-    with session(target, as_json) as opened:
+    with session(server, as_json) as opened:
         model = opened.load_model(model_name, load_options)
         if as_json:
             opened.out.json(model)
@@ -96,16 +97,17 @@ def show_loaded(model: unslothd.Model, out: Output) -> None:
 
 @options.takes("config", options.ConfigOptions)
 @options.takes("lora", options.LoraOptions)
+@options.connects
 def prepare(
     model_id: ModelId,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
     *,
     lora: unslothd.LoraOptions,
     config: unslothd.TrainingOptions,
+    server: options.Server,
 ) -> None:
     """Attach trainable parameters and set the config of a model's trainings."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         prepared = client.prepare(model_id, lora=lora or None, **config)
         if as_json:
             out.json(prepared)
@@ -118,14 +120,16 @@ def prepare(
         )
 
 
+@options.connects
 def unload(
     model_id: ModelId,
     force: Annotated[bool, typer.Option("--force", help="Cancel its trainings instead of refusing.")] = False,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
+    *,
+    server: options.Server,
 ) -> None:
     """End a model's worker and give its memory back."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         freed = client.unload_model(model_id, force=force)
         if as_json:
             out.json({"freed_memory_bytes": freed})

@@ -7,13 +7,10 @@ from typing import Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
+from unslothd import _connection
 from unslothd._row_format import Layout
 from unslothd.v1.model_pb2 import LoraConfig
 
-Target = Annotated[
-    str,
-    typer.Option("--target", envvar="UNSLOTHD_TARGET", metavar="HOST:PORT", help="Server to talk to."),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line, with the names of the contract.")]
 
 _DATA = "Rows"
@@ -48,6 +45,40 @@ def _lora(text: str, metavar: str | None = None) -> Any:
 
 def _load(text: str, metavar: str | None = None) -> Any:
     return typer.Option(help=text, rich_help_panel=_LOAD, metavar=metavar, show_default=False)
+
+
+def _server(flag: str, text: str, metavar: str | None = None) -> Any:
+    return typer.Option(flag, help=text, rich_help_panel="Server", metavar=metavar, show_default=False)
+
+
+Server = _connection.ConnectionOptions
+
+
+class ServerOptions:
+    """An option for everything that says where the server is and how to reach it.
+
+    A token comes from a file: what stands on a command line can be seen by everybody on the machine.
+    """
+
+    target: Annotated[
+        str | None,
+        _server("--target", "Server to talk to, or UNSLOTHD_TARGET. (default 127.0.0.1:50051)", "HOST:PORT"),
+    ]
+    token_file: Annotated[
+        str | None,
+        _server("--token-file", "File with your token, or UNSLOTHD_TOKEN_FILE, UNSLOTHD_TOKEN.", "FILE"),
+    ]
+    ca: Annotated[
+        str | None, _server("--ca", "Use TLS, and trust the authority of this PEM file, or UNSLOTHD_CA.", "FILE")
+    ]
+    client_certificate: Annotated[
+        str | None, _server("--client-cert", "Certificate to show, in PEM, or UNSLOTHD_CLIENT_CERT.", "FILE")
+    ]
+    client_key: Annotated[str | None, _server("--client-key", "Its private key, or UNSLOTHD_CLIENT_KEY.", "FILE")]
+    tls: Annotated[bool | None, _server("--tls", "Use TLS, and trust the public authorities, or UNSLOTHD_TLS=1.")]
+    profile: Annotated[
+        str | None, _server("--profile", "Profile in ~/.config/unslothd/config.toml, or UNSLOTHD_PROFILE.", "NAME")
+    ]
 
 
 class ConfigOptions:
@@ -144,6 +175,11 @@ def takes(parameter: str, declared: type) -> Callable[[Callable[..., None]], Cal
         return with_options
 
     return decorate
+
+
+def connects(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the ServerOptions, as its parameter `server`."""
+    return takes("server", ServerOptions)(command)
 
 
 def _field(option: str) -> str:

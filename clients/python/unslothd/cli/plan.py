@@ -7,7 +7,6 @@ from google.protobuf.json_format import MessageToDict
 from rich.text import Text
 
 import unslothd
-from unslothd._base import DEFAULT_TARGET
 from unslothd.cli import options, texts
 from unslothd.cli.session import Output, session
 from unslothd.cli.train import Choice, parse_dataset, prepared
@@ -30,6 +29,7 @@ def register(app: typer.Typer) -> None:
 @options.takes("config", options.ConfigOptions)
 @options.takes("lora", options.LoraOptions)
 @options.takes("load_options", options.LoadOptions)
+@options.connects
 def plan(
     dataset: options.Dataset,
     model: options.ModelToLoad = None,
@@ -39,12 +39,12 @@ def plan(
     template: options.Template = "",
     measure: Annotated[bool, typer.Option("--measure", help="Run a short probe for memory and speed.")] = False,
     preview_rows: Annotated[int, typer.Option(min=1, max=100, help="Rows to show as the model sees them.")] = 3,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
     *,
     config: unslothd.TrainingOptions,
     lora: unslothd.LoraOptions,
     load_options: unslothd.LoadOptions,
+    server: options.Server,
 ) -> None:
     """Show what `unslothd train` would do with the same options: config, rows, tokens, memory, and what carries loss.
 
@@ -52,7 +52,7 @@ def plan(
     """
     choice = Choice(model, model_id, load_options, lora)
     rows, eval_rows = parse_dataset(dataset), parse_dataset(eval_dataset) if eval_dataset else None
-    with session(target, as_json) as opened:
+    with session(server, as_json) as opened:
         found = opened.client.plan(
             prepared(opened, choice),
             rows,

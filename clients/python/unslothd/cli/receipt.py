@@ -11,7 +11,6 @@ import typer
 
 import unslothd
 from unslothd._artifacts import checkpoint
-from unslothd._base import DEFAULT_TARGET
 from unslothd._receipt import RECEIPT
 from unslothd.cli import options
 from unslothd.cli.session import FAILED, Output, Session, session
@@ -29,9 +28,10 @@ def register(app: typer.Typer) -> None:
     app.add_typer(receipt, name="receipt", help="Show a run's receipt and check it against files and data.")
 
 
-def show(source: Source, target: options.Target = DEFAULT_TARGET, as_json: options.Json = False) -> None:
+@options.connects
+def show(source: Source, as_json: options.Json = False, *, server: options.Server) -> None:
     """Show what went into a run and what came out of it."""
-    with session(target, as_json) as opened, _told(opened.out):
+    with session(server, as_json) as opened, _told(opened.out):
         receipt = _read(source, opened)
         if as_json:
             opened.out.json(receipt)
@@ -39,19 +39,21 @@ def show(source: Source, target: options.Target = DEFAULT_TARGET, as_json: optio
             opened.out.line(json.dumps(receipt, indent=2, ensure_ascii=False))
 
 
+@options.connects
 def verify(
     source: Source,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Rows that were trained on, to check them too.")
     ] = None,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
+    *,
+    server: options.Server,
 ) -> None:
     """Check files, and data with --data, against a receipt. Exits with 1 if anything differs.
 
     The files of a training are read from the server, and not kept.
     """
-    with session(target, as_json) as (client, out), _told(out):
+    with session(server, as_json) as (client, out), _told(out):
         on_server = _is_training(source)
         findings = client.verify_receipt(source, data=data) if on_server else unslothd.verify_receipt(source, data=data)
         if as_json:

@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.text import Text
 
 import unslothd
+from unslothd._connection import ConnectionOptions
 from unslothd.cli import texts
 from unslothd.v1.model_pb2 import LoadProgress
 
 FAILED = 1
+USAGE = 2
 DETACHED = 130
 
 
@@ -106,10 +108,13 @@ class Session(NamedTuple):
 
 
 @contextmanager
-def session(target: str, as_json: bool) -> Generator[Session]:
-    """Opens a session; errors of calls end the command with their text and exit code 1, Ctrl-C with 130."""
+def session(server: ConnectionOptions, as_json: bool) -> Generator[Session]:
+    """Opens a session; errors of calls end the command with their text and exit code 1, Ctrl-C with 130.
+
+    Settings that reach no server are wrong usage: 2.
+    """
     out = Output(as_json)
-    with unslothd.Client(target) as client:
+    with _client(server, out) as client:
         try:
             yield Session(client, out)
         except unslothd.UnslothdError as error:
@@ -120,3 +125,11 @@ def session(target: str, as_json: bool) -> Generator[Session]:
                 "Interrupted. What the server has begun goes on; see `unslothd models list`, `unslothd trainings list`."
             )
             raise typer.Exit(DETACHED) from None
+
+
+def _client(server: ConnectionOptions, out: Output) -> unslothd.Client:
+    try:
+        return unslothd.Client(**server)
+    except ValueError as error:
+        out.note(str(error), style="red")
+        raise typer.Exit(USAGE) from None

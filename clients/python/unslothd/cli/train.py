@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 import unslothd
-from unslothd._base import DEFAULT_TARGET
 from unslothd._requests import DisconnectPolicyName
 from unslothd.cli import models, options
 from unslothd.cli.follow import follow
@@ -46,6 +45,7 @@ class Choice:
 @options.takes("config", options.ConfigOptions)
 @options.takes("lora", options.LoraOptions)
 @options.takes("load_options", options.LoadOptions)
+@options.connects
 def train(
     dataset: options.Dataset,
     model: options.ModelToLoad = None,
@@ -60,12 +60,12 @@ def train(
     on_disconnect: Annotated[
         DisconnectPolicyName, typer.Option(help="Whether the training goes on without this command.")
     ] = "detach",
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
     *,
     config: unslothd.TrainingOptions,
     lora: unslothd.LoraOptions,
     load_options: unslothd.LoadOptions,
+    server: options.Server,
 ) -> None:
     """Train a model on rows and watch it live.
 
@@ -75,7 +75,7 @@ def train(
     choice = Choice(model, model_id, load_options, lora)
     rows, eval_rows = parse_dataset(dataset), parse_dataset(eval_dataset) if eval_dataset else None
     labels = options.labels(label or [])
-    with session(target, as_json) as opened:
+    with session(server, as_json) as opened:
         ready = prepared(opened, choice)
         run = opened.client.train(
             ready,

@@ -6,7 +6,6 @@ import typer
 from rich.table import Column, Table
 
 import unslothd
-from unslothd._base import DEFAULT_TARGET
 from unslothd._requests import TrainingState
 from unslothd.cli import options, texts
 from unslothd.cli.follow import follow
@@ -30,17 +29,20 @@ def register(app: typer.Typer) -> None:
     app.command("cancel", epilog="Example: unslothd cancel training-20261124-120000-abcdef --no-checkpoint")(cancel)
 
 
+@options.connects
 def watch(
     training_id: TrainingId,
     after: Annotated[int, typer.Option(min=0, help="Last sequence that you have seen; 0 = from the beginning.")] = 0,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
+    *,
+    server: options.Server,
 ) -> None:
     """Watch a training: what happened so far, then live. Exits with 1 if it failed or was cancelled."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         follow(client.watch(training_id, after_sequence=after), out)
 
 
+@options.connects
 def list_trainings(
     model_id: Annotated[str | None, typer.Option(metavar="ID", help="Only those on this model.")] = None,
     state: Annotated[list[str] | None, typer.Option(help="Only those in this state, e.g. running; repeatable.")] = None,
@@ -48,12 +50,13 @@ def list_trainings(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only with this label; repeatable.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
+    *,
+    server: options.Server,
 ) -> None:
     """List trainings, newest first."""
     labels = options.labels(label or [])
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         found = client.list_trainings(
             model=model_id, states=cast(list[TrainingState], state or []), labels=labels, limit=limit
         )
@@ -76,9 +79,10 @@ def _table(trainings: list[unslothd.Training]) -> Table:
     return table
 
 
-def get(training_id: TrainingId, target: options.Target = DEFAULT_TARGET, as_json: options.Json = False) -> None:
+@options.connects
+def get(training_id: TrainingId, as_json: options.Json = False, *, server: options.Server) -> None:
     """Show one training as it is now."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         training = client.get_training(training_id)
         if as_json:
             out.json(training)
@@ -115,11 +119,15 @@ def _best(training: unslothd.Training) -> str:
     return f"checkpoint at step {best.step}, eval loss {best.eval_loss:.4f}"
 
 
+@options.connects
 def checkpoints(
-    training_id: TrainingId, target: options.Target = DEFAULT_TARGET, as_json: options.Json = False
+    training_id: TrainingId,
+    as_json: options.Json = False,
+    *,
+    server: options.Server,
 ) -> None:
     """List the checkpoints that a training can go on from, oldest first."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         training = client.get_training(training_id)
         if as_json:
             for each in training.checkpoints:
@@ -140,9 +148,10 @@ def _checkpoint_table(training: unslothd.Training) -> Table:
     return table
 
 
-def pause(training_id: TrainingId, target: options.Target = DEFAULT_TARGET, as_json: options.Json = False) -> None:
+@options.connects
+def pause(training_id: TrainingId, as_json: options.Json = False, *, server: options.Server) -> None:
     """Ask a training to save at its next step and to free its device."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         training = client.pause(training_id)
         if as_json:
             out.json(training)
@@ -151,17 +160,19 @@ def pause(training_id: TrainingId, target: options.Target = DEFAULT_TARGET, as_j
             out.note(f"Go on: unslothd resume {training_id}")
 
 
+@options.connects
 def resume(
     training_id: TrainingId,
     checkpoint: Annotated[
         int, typer.Option(metavar="STEP", min=0, help="Checkpoint to go on from; 0 = the newest. Later ones go.")
     ] = 0,
     detach: Annotated[bool, typer.Option("--detach", help="Do not watch it.")] = False,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
+    *,
+    server: options.Server,
 ) -> None:
     """Go on with a paused, failed or cancelled training and watch it live. Ctrl-C detaches."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         run = client.resume(training_id, checkpoint_step=checkpoint)
         if not detach:
             follow(run, out)
@@ -174,14 +185,16 @@ def resume(
             out.note(f"Watch it: unslothd watch {training_id} --after {run.last_sequence}")
 
 
+@options.connects
 def cancel(
     training_id: TrainingId,
     checkpoint: Annotated[bool, typer.Option(help="Save a checkpoint and the adapter so far.")] = True,
-    target: options.Target = DEFAULT_TARGET,
     as_json: options.Json = False,
+    *,
+    server: options.Server,
 ) -> None:
     """Ask a training to stop at its next step."""
-    with session(target, as_json) as (client, out):
+    with session(server, as_json) as (client, out):
         training = client.cancel(training_id, save_checkpoint=checkpoint)
         if as_json:
             out.json(training)
