@@ -18,6 +18,8 @@ class Adapter:
     """One client, and the calls that a command can name."""
 
     def __init__(self, options: dict[str, Any]) -> None:
+        if "client_cert" in options:
+            options["client_certificate"] = options.pop("client_cert")
         self.client = unslothd.Client(options.pop("target"), **options)
         self.open: Any = None
         self.stopped = False

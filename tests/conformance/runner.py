@@ -13,6 +13,7 @@ import yaml
 from google.protobuf.json_format import MessageToDict, ParseDict
 
 from conformance.adapter_process import AdapterProcess
+from conformance.certificates import Certificates
 from conformance.languages import Language
 from conformance.words import handler
 from doubles.fake_worker import fake_row
@@ -74,19 +75,21 @@ class Surroundings:
 def run(case: Data, language: Language, server: RunningServer, folder: Path) -> None:
     """Runs a case; fails with the first thing that is not as expected."""
     with surroundings(case, server, folder) as around:
-        options = {"target": around.proxy.target, **case.get("client", {})}
+        options = {"target": around.proxy.target, **around.filled(case.get("client", {}))}
         with AdapterProcess(language, options, folder / "adapter.log") as adapter:
             for step in case["steps"]:
                 _Step(around.filled(step), adapter, around).run()
         if around.scripted is not None:
             _check_requests(case.get("requests", {}), around.scripted)
+            _check_headers(around.filled(case.get("headers", [])), around.scripted)
 
 
 @contextmanager
 def surroundings(case: Data, server: RunningServer, folder: Path) -> Iterator[Surroundings]:
     """Makes what the case needs: a scripted server if it has a script, else the real one; always behind a proxy."""
     with ExitStack() as stack:
-        scripted = ScriptedServer() if "script" in case else None
+        certificates = Certificates(folder / "certificates")
+        scripted = ScriptedServer(certificates.server(case.get("tls", ""))) if "script" in case else None
         target = server.target if scripted is None else scripted.target
         if scripted is not None:
             stack.callback(scripted.stop)
@@ -95,6 +98,7 @@ def surroundings(case: Data, server: RunningServer, folder: Path) -> Iterator[Su
         proxy = stack.enter_context(CuttingProxy(target))
         names = {"training": TRAINING, "folder": str(folder)}
         names |= {"eight_megabytes": EIGHT_MEGABYTES, "twelve_megabytes": TWELVE_MEGABYTES}
+        names |= certificates.names() if "tls" in case else {}
         around = Surroundings(folder, proxy, gate, names, scripted)
         names["dataset"] = _dataset(case.get("dataset", {}), server, gate, folder)
         (folder / "rows.jsonl").write_text(f'{{"text": "{folder}"}}\n' + '{"text": "a row"}\n' * (ROWS - 1))
@@ -202,6 +206,12 @@ def _check_requests(expected: Data, server: ScriptedServer) -> None:
             assert len(got) == len(wanted), f"{method}: {got}"
             for one, other in zip(got, wanted, strict=True):
                 _contains(one, other, method)
+
+
+def _check_headers(expected: list[Data], server: ScriptedServer) -> None:
+    if expected:
+        for got, wanted in zip(server.script.metadata, expected, strict=True):
+            _contains(got, wanted, "headers")
 
 
 def _contains(got: Any, expected: Any, where: str) -> None:

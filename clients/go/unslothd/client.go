@@ -3,8 +3,8 @@ package unslothd
 import (
 	"crypto/tls"
 	"fmt"
-	"net"
 	"os"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -43,7 +43,8 @@ type Client struct {
 type settings struct {
 	tls              *tls.Config
 	headers          headers
-	token            bool
+	token            string
+	tokenFile        string
 	timeout          time.Duration
 	reconnectTimeout time.Duration
 	dialOptions      []grpc.DialOption
@@ -52,8 +53,8 @@ type settings struct {
 // Option changes a setting of a Client.
 type Option func(*settings)
 
-// WithTLS encrypts the connection. An empty tls.Config trusts the system's authorities; set RootCAs for your own, and
-// Certificates to show a client certificate.
+// WithTLS encrypts the connection. An empty tls.Config trusts the system's authorities; TLSFromFiles makes one for your
+// own authority, and to show a client certificate.
 func WithTLS(config *tls.Config) Option {
 	return func(s *settings) { s.tls = config.Clone() }
 }
@@ -61,14 +62,19 @@ func WithTLS(config *tls.Config) Option {
 // WithToken sends "authorization: Bearer TOKEN" with every call. Without WithTLS, New refuses it for a server on
 // another host, since anybody on the way could read it.
 func WithToken(token string) Option {
-	return func(s *settings) { s.headers["authorization"], s.token = "Bearer "+token, true }
+	return func(s *settings) { s.token = token }
 }
 
-// WithMetadata sends these headers with every call. Names are lower case.
+// WithTokenFile takes the token of WithToken from a file.
+func WithTokenFile(path string) Option {
+	return func(s *settings) { s.tokenFile = path }
+}
+
+// WithMetadata sends these headers with every call.
 func WithMetadata(metadata map[string]string) Option {
 	return func(s *settings) {
 		for name, value := range metadata {
-			s.headers[name] = value
+			s.headers[strings.ToLower(name)] = value
 		}
 	}
 }
@@ -91,10 +97,13 @@ func WithDialOptions(options ...grpc.DialOption) Option {
 }
 
 // New returns a client of the server at target, "HOST:PORT". Empty means the environment variable UNSLOTHD_TARGET, else
-// DefaultTarget. The connection is opened by the first call. Close the client when it is not needed any more.
+// DefaultTarget. Where no option says it, UNSLOTHD_TOKEN or UNSLOTHD_TOKEN_FILE is the token, and UNSLOTHD_CA,
+// UNSLOTHD_CLIENT_CERT with UNSLOTHD_CLIENT_KEY, or UNSLOTHD_TLS=1 turn TLS on; docs/connecting.md has them all.
+//
+// The connection is opened by the first call. Close the client when it is not needed any more.
 func New(target string, options ...Option) (*Client, error) {
 	if target == "" {
-		target = os.Getenv("UNSLOTHD_TARGET")
+		target = os.Getenv(envTarget)
 	}
 	if target == "" {
 		target = DefaultTarget
@@ -103,8 +112,8 @@ func New(target string, options ...Option) (*Client, error) {
 	for _, option := range options {
 		option(&s)
 	}
-	if s.token && s.tls == nil && !isThisHost(target) {
-		return nil, fmt.Errorf("a token for %s would travel in plain text: add WithTLS", target)
+	if err := s.complete(target); err != nil {
+		return nil, err
 	}
 	connection, err := grpc.NewClient(target, append(s.transport(), s.dialOptions...)...)
 	if err != nil {
@@ -146,12 +155,3 @@ func (c *Client) Stub() pb.UnslothServiceClient { return c.stub }
 
 // Close ends the connection. What runs on the server goes on.
 func (c *Client) Close() error { return c.connection.Close() }
-
-func isThisHost(target string) bool {
-	host, _, err := net.SplitHostPort(target)
-	if err != nil {
-		host = target
-	}
-	ip := net.ParseIP(host)
-	return host == "localhost" || (ip != nil && ip.IsLoopback())
-}

@@ -74,12 +74,6 @@ var kinds = map[codes.Code]Kind{
 	codes.Internal:           Internal,
 }
 
-var hints = map[codes.Code]string{
-	codes.Unavailable:       "Check that `unslothd serve` runs there and that the target is right.",
-	codes.DeadlineExceeded:  "Give the client a larger WithTimeout, or look at the server's log.",
-	codes.ResourceExhausted: "If the message is too large: upload the rows with Client.UploadDataset.",
-}
-
 // FieldViolation is one wrong field of a request.
 type FieldViolation struct {
 	Field       string // path in the request, e.g. "training_config.learning_rate"
@@ -138,7 +132,7 @@ func (c *Client) translated(ctx context.Context, err error) *Error {
 		return own
 	}
 	text := fmt.Sprintf("%s (server %s)", found.Message(), c.target)
-	if hint := hints[found.Code()]; hint != "" {
+	if hint := hintFor(found.Code(), found.Message()); hint != "" {
 		text += ". " + hint
 	}
 	return &Error{Kind: kindOf(found.Code()), Code: found.Code(), Message: text, cause: err}

@@ -75,6 +75,13 @@ func (s *script) WatchTraining(
 	})
 }
 
+func (s *script) GetServerInfo(ctx context.Context, _ *pb.GetServerInfoRequest) (*pb.GetServerInfoResponse, error) {
+	s.mutex.Lock()
+	defer s.mutex.Unlock()
+	s.headers, _ = metadata.FromIncomingContext(ctx)
+	return &pb.GetServerInfoResponse{ServerVersion: "1"}, nil
+}
+
 func (s *script) GetTraining(context.Context, *pb.GetTrainingRequest) (*pb.GetTrainingResponse, error) {
 	if s.training == nil {
 		return nil, refusal(codes.NotFound, "TRAINING_NOT_FOUND", nil)
@@ -90,16 +97,22 @@ func (s *script) GetModel(ctx context.Context, _ *pb.GetModelRequest) (*pb.GetMo
 // serve starts the script on a free port and returns a client of it.
 func serve(t *testing.T, s *script, options ...unslothd.Option) *unslothd.Client {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	server := grpc.NewServer()
-	pb.RegisterUnslothServiceServer(server, s)
-	go func() { _ = server.Serve(listener) }()
-	t.Cleanup(server.Stop)
-	client, err := unslothd.New(listener.Addr().String(), options...)
+	client, err := unslothd.New(listen(t, s), options...)
 	must(t, err)
 	t.Cleanup(func() { _ = client.Close() })
 	return client
+}
+
+// listen starts a server and returns where.
+func listen(t *testing.T, s *script, options ...grpc.ServerOption) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	server := grpc.NewServer(options...)
+	pb.RegisterUnslothServiceServer(server, s)
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(server.Stop)
+	return listener.Addr().String()
 }
 
 func bounded(t *testing.T) context.Context {

@@ -12,7 +12,7 @@ import { TrainingMetricsSchema, TrainingPlanSchema, TrainingSchema } from "../ge
 import { ArtifactSchema, ExportProgressSchema } from "../gen/unslothd/v1/artifact_pb.js";
 import { DatasetSchema } from "../gen/unslothd/v1/dataset_pb.js";
 import { GenerateSummarySchema } from "../gen/unslothd/v1/generation_pb.js";
-import { Client, UnslothdError, type TrainingRun } from "../src/index.js";
+import { Client, tlsFromFiles, UnslothdError, type TrainingRun } from "../src/index.js";
 
 /** A command: which call, and its arguments by the names of the contract. */
 interface Command {
@@ -145,8 +145,13 @@ async function main(): Promise<void> {
   for await (const line of createInterface({ input: process.stdin })) {
     const command = JSON.parse(line);
     if (client === undefined) {
-      const { target, timeout = 60, reconnect_timeout = 120 } = command;
-      client = new Client(target, { timeoutMs: timeout * 1000, reconnectTimeoutMs: reconnect_timeout * 1000 });
+      const { target, timeout = 60, reconnect_timeout = 120, token, ca, client_cert: cert, client_key: key } = command;
+      client = new Client(target, {
+        timeoutMs: timeout * 1000,
+        reconnectTimeoutMs: reconnect_timeout * 1000,
+        ...(token && { token }),
+        ...(ca && { tls: tlsFromFiles({ ca, ...(cert && { cert, key }) }) }),
+      });
     } else if (command.stop) stop.abort();
     else {
       const to = client;

@@ -1,6 +1,5 @@
 /** The client: one method for each call of the contract. */
 import { randomUUID } from "node:crypto";
-import type { SecureContextOptions } from "node:tls";
 
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
 import { createClient, type Client as Stub, type Interceptor } from "@connectrpc/connect";
@@ -16,6 +15,7 @@ import {
   type PrepareForTrainingRequestSchema, type PrepareForTrainingResponse,
 } from "../gen/unslothd/v1/service_pb.js";
 import type { Training, TrainingPlan } from "../gen/unslothd/v1/training_pb.js";
+import { resolve, type ConnectionOptions } from "./connecting.js";
 import { upload, type UploadOptions } from "./dataset.js";
 import { download, type DownloadOptions } from "./download.js";
 import { TextStream } from "./generate.js";
@@ -24,23 +24,11 @@ import { Calls, Stream, type CallOptions } from "./transport.js";
 
 export type { CallOptions } from "./transport.js";
 
-/** Where a server listens that was started without --listen. */
-export const DEFAULT_TARGET = "127.0.0.1:50051";
-
 // Attaching an adapter to a large model, ending a worker and planning take longer than a look-up.
 const SLOW_MS = 600_000;
 const LARGEST_PAGE = 1000;
 
-/** Trust and identity of an encrypted connection, as node:tls takes them; `{}` trusts Node's own authorities. */
-export type TlsOptions = Pick<SecureContextOptions, "ca" | "cert" | "key" | "passphrase"> & { servername?: string };
-
-export interface ClientOptions {
-  /** Encrypts the connection. Default: plain text. */
-  tls?: TlsOptions;
-  /** Sent as "authorization: Bearer TOKEN". Refused without TLS for a server on another host. */
-  token?: string;
-  /** Sent with every call. */
-  metadata?: Record<string, string>;
+export interface ClientOptions extends ConnectionOptions {
   /** For one call that is not a stream, default 60 000; prepare, plan and unloadModel have ten minutes at least. */
   timeoutMs?: number;
   /** Without progress, after which a lost connection is given up; default 120 000. */
@@ -61,15 +49,15 @@ export class Client {
   readonly #calls: Calls;
   readonly #session: Http2SessionManager;
 
-  /** `target` is HOST:PORT; default: the environment variable UNSLOTHD_TARGET, else DEFAULT_TARGET. */
+  /**
+   * `target` is HOST:PORT; default: the environment variable UNSLOTHD_TARGET, else DEFAULT_TARGET. Throws TypeError
+   * for settings that cannot be used. docs/connecting.md has them all.
+   */
   constructor(target?: string, options: ClientOptions = {}) {
-    this.target = target || process.env["UNSLOTHD_TARGET"] || DEFAULT_TARGET;
-    const { tls, token, timeoutMs = 60_000, reconnectTimeoutMs = 120_000 } = options;
-    if (token !== undefined && tls === undefined && !isThisHost(this.target)) {
-      throw new TypeError(`a token for ${this.target} would travel in plain text: add tls`);
-    }
-    const headers = { ...options.metadata, ...(token !== undefined && { authorization: `Bearer ${token}` }) };
-    const baseUrl = `${tls ? "https" : "http"}://${this.target}`;
+    const { timeoutMs = 60_000, reconnectTimeoutMs = 120_000 } = options;
+    const { target: found, tls, headers } = resolve(target, options);
+    this.target = found;
+    const baseUrl = `${tls ? "https" : "http"}://${found}`;
     // Notices a dead peer within 40 s, also while the server is silent.
     this.#session = new Http2SessionManager(baseUrl, { pingIntervalMs: 30_000, pingTimeoutMs: 10_000 }, tls);
     const transport = createGrpcTransport({
@@ -264,9 +252,9 @@ async function pages<Item>(limit: number | undefined, page: (page: Page) => Prom
   }
 }
 
-function sending(headers: Record<string, string>): Interceptor {
+function sending(headers: Headers): Interceptor {
   return (next) => (request) => {
-    for (const [name, value] of Object.entries(headers)) request.header.set(name, value);
+    headers.forEach((value, name) => request.header.set(name, value));
     return next(request);
   };
 }
@@ -275,8 +263,4 @@ function sending(headers: Record<string, string>): Interceptor {
 function there<Message>(message: Message | undefined): Message {
   if (message === undefined) throw new TypeError("the server's response is empty");
   return message;
-}
-
-function isThisHost(target: string): boolean {
-  return /^(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$/.test(target);
 }

@@ -5,6 +5,7 @@ import { fromBinary } from "@bufbuild/protobuf";
 import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "../gen/google/rpc/error_details_pb.js";
 import type { Status } from "../gen/google/rpc/status_pb.js";
 import type { ErrorReason } from "../gen/unslothd/v1/error_reason_pb.js";
+import { explained } from "./hints.js";
 
 const DOMAIN = "unslothd";
 
@@ -52,12 +53,6 @@ const KINDS: Partial<Record<Code, Kind>> = {
   [Code.DeadlineExceeded]: "DeadlineExceeded",
   [Code.Unimplemented]: "Unimplemented",
   [Code.Internal]: "Internal",
-};
-
-const HINTS: Partial<Record<Code, string>> = {
-  [Code.Unavailable]: "Check that `unslothd serve` runs there and that the target is right.",
-  [Code.DeadlineExceeded]: "Give the client a larger timeoutMs, or look at the server's log.",
-  [Code.ResourceExhausted]: "If the message is too large: upload the rows with client.uploadDataset.",
 };
 
 /** What an error carries besides its text. */
@@ -110,15 +105,18 @@ export function kindOf(code: Code): Kind {
   return KINDS[code] ?? "UnslothdError";
 }
 
-/** The error for what a call threw; `target` is for texts that are not the server's own. */
-export function fromThrown(thrown: unknown, target: string): UnslothdError {
+/**
+ * The error for what a call threw. For errors that are not the server's own: `target` is in their text, `heard` says
+ * whether the server has ever answered.
+ */
+export function fromThrown(thrown: unknown, target: string, heard: boolean): UnslothdError {
   if (thrown instanceof UnslothdError) return thrown;
   const error = ConnectError.from(thrown);
   const info = error.findDetails(ErrorInfoSchema).find((each) => each.domain === DOMAIN && each.reason !== "");
   if (info === undefined) {
-    const hint = HINTS[error.code];
-    const text = `${error.rawMessage || Code[error.code]} (server ${target})${hint ? `. ${hint}` : ""}`;
-    return new UnslothdError(text, { kind: kindOf(error.code), code: error.code, cause: thrown });
+    const { code, hint } = explained(error.code, error.cause, heard);
+    const text = `${error.rawMessage.trim() || Code[code]} (server ${target})${hint ? `. ${hint}` : ""}`;
+    return new UnslothdError(text, { kind: kindOf(code), code, cause: thrown });
   }
   return new UnslothdError(error.rawMessage, {
     kind: kindOf(error.code),

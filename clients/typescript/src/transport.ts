@@ -59,7 +59,7 @@ export class Calls {
   /** The client's error for what a call threw; throws the signal's reason when that ended the call. */
   translated(thrown: unknown, signal: AbortSignal | undefined): UnslothdError {
     signal?.throwIfAborted();
-    return fromThrown(thrown, this.target);
+    return fromThrown(thrown, this.target, this.peer.heard);
   }
 
   /**

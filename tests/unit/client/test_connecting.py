@@ -272,7 +272,7 @@ def test_a_client_certificate_is_shown_to_a_server_that_asks_for_one(authority):
     running.script.on("GetServerInfo", Say.answer(service_pb2.GetServerInfoResponse(server_version="1")))
     mine, my_key = authority.client("me")
     try:
-        assert "a certificate of the client" in unavailable(running.target, ca=authority.ca)
+        unavailable(running.target, ca=authority.ca)
         way = {"ca": authority.ca, "client_certificate": mine, "client_key": my_key}
         with unslothd.Client(running.target, **way) as client:
             assert client.server_info().server_version == "1"

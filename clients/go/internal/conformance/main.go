@@ -42,6 +42,28 @@ type settings struct {
 	Target           string  `json:"target"`
 	Timeout          float64 `json:"timeout"`
 	ReconnectTimeout float64 `json:"reconnect_timeout"`
+	Token            string  `json:"token"`
+	CA               string  `json:"ca"`
+	ClientCert       string  `json:"client_cert"`
+	ClientKey        string  `json:"client_key"`
+}
+
+func (s settings) options() []unslothd.Option {
+	var options []unslothd.Option
+	if s.Timeout > 0 {
+		options = append(options, unslothd.WithTimeout(seconds(s.Timeout)))
+	}
+	if s.ReconnectTimeout > 0 {
+		options = append(options, unslothd.WithReconnectTimeout(seconds(s.ReconnectTimeout)))
+	}
+	if s.CA != "" {
+		config, err := unslothd.TLSFromFiles(s.CA, s.ClientCert, s.ClientKey)
+		if err != nil {
+			log.Fatal(err)
+		}
+		options = append(options, unslothd.WithTLS(config))
+	}
+	return append(options, unslothd.WithToken(s.Token))
 }
 
 type object = map[string]any
@@ -50,14 +72,7 @@ func main() {
 	lines := bufio.NewReader(os.Stdin)
 	var s settings
 	next(lines, &s)
-	var options []unslothd.Option
-	if s.Timeout > 0 {
-		options = append(options, unslothd.WithTimeout(seconds(s.Timeout)))
-	}
-	if s.ReconnectTimeout > 0 {
-		options = append(options, unslothd.WithReconnectTimeout(seconds(s.ReconnectTimeout)))
-	}
-	client, err := unslothd.New(s.Target, options...)
+	client, err := unslothd.New(s.Target, s.options()...)
 	if err != nil {
 		log.Fatal(err)
 	}
