@@ -26,6 +26,7 @@ from unslothd_server.app.service import Service
 from unslothd_server.app.training_store import TrainingStore
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.checks.start import report_start
+from unslothd_server.command_line import run_command
 from unslothd_server.config import Settings
 from unslothd_server.config_sources import ConfigError, load_settings
 from unslothd_server.errors import ExhaustedError
@@ -43,18 +44,7 @@ log = structlog.get_logger()
 
 def run(argv: list[str]) -> int:
     """Runs `unslothd serve` with its arguments; returns the exit code: 0 ended by a signal, 1 could not, 2 usage."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)  # a table would cut long flags
-    app.command()(serve_command)
-    try:
-        code = app(args=argv, prog_name="unslothd serve", standalone_mode=False)
-    except typer.Abort:
-        return 130
-    except Exception as error:
-        if not hasattr(error, "show"):
-            raise
-        error.show()  # type: ignore[attr-defined] - click's usage errors print themselves
-        return 2
-    return code or 0
+    return run_command(serve_command, "unslothd serve", argv)
 
 
 @with_setting_flags

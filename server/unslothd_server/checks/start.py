@@ -30,13 +30,18 @@ def start_findings(settings: Settings) -> list[Finding]:
         _home_lock(settings.home),
         *folder_findings(settings),
         port_finding(settings.listen),
-        *(_model_root(root) for root in settings.model_roots),
+        *model_root_findings(settings),
     ]
 
 
 def folder_findings(settings: Settings) -> list[Finding]:
     """Whether home and output root take writes, or can be made."""
     return [_writable("home", settings.home, "--home"), _writable("output root", settings.output_root, "--output-root")]
+
+
+def model_root_findings(settings: Settings) -> list[Finding]:
+    """Whether the folders of models and datasets can be read."""
+    return [_model_root(root) for root in settings.model_roots]
 
 
 def port_finding(listen: str) -> Finding:

@@ -42,6 +42,7 @@ def test_the_commands_are_these():
         "datasets get",
         "datasets list",
         "datasets upload",
+        "doctor",
         "download",
         "export",
         "generate",

@@ -5,12 +5,12 @@ from typing import Annotated
 import typer
 
 from unslothd._version import __version__
-from unslothd.cli import artifacts, chat, datasets, generate, info, models, plan, receipt, serve, train, trainings
+from unslothd.cli import artifacts, chat, datasets, generate, info, models, plan, receipt, server_side, train, trainings
 
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 the call or the training failed, or the training was cancelled, or files are not as their "
-    "receipt says; 2 wrong usage; 130 detached by Ctrl-C. Every command but serve takes --json for scripts, and "
-    "--target, --token-file, --ca and --profile for another server: docs/connecting.md."
+    "receipt says; 2 wrong usage; 130 detached by Ctrl-C. Every command but serve and doctor takes --json for scripts, "
+    "and --target, --token-file, --ca and --profile for another server: docs/connecting.md."
 )
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ def unslothd(
     """
 
 
-serve.register(app)
+server_side.register(app)
 info.register(app)
 models.register(app)
 train.register(app)
