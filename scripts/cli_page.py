@@ -12,7 +12,7 @@ from unslothd.cli.app import app
 _HEAD = """# The command line
 
 Made by `scripts/cli_page.py` from the commands themselves; `unslothd COMMAND --help` has every option. Each command but
-`serve` and `doctor` takes `--json`, for one JSON object a line with the names of the contract, and `--target
+`serve`, `doctor` and `tokens` takes `--json`, for one JSON object a line with the names of the contract, and `--target
 HOST:PORT`, `--token-file`, `--ca`, `--client-cert`, `--client-key`, `--tls` and `--profile` for another server than
 the one on 127.0.0.1:50051: [connecting](connecting.md).
 

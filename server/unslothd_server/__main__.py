@@ -12,7 +12,7 @@ import structlog
 import typer
 
 from unslothd._version import __version__
-from unslothd_server import disk
+from unslothd_server import access_setup, disk
 from unslothd_server.app.artifacts import Artifacts
 from unslothd_server.app.dataset_store import DatasetStore
 from unslothd_server.app.datasets import Datasets
@@ -101,8 +101,15 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = HomeLock(settings.home)  # before anything that an earlier server left is touched
     service = await build_service(settings, worker_command=worker_command)
-    server = RpcServer(service, settings.max_message_bytes)
-    port = await server.start(settings.listen)
+    audit = access_setup.audit_log(settings)
+    server = RpcServer(
+        service,
+        access_setup.gate(settings),
+        access_setup.call_limits(settings),
+        audit,
+        keepalive_seconds=settings.keepalive_seconds,
+    )
+    port = await server.start(settings.listen, access_setup.certificate(settings))
     host = settings.listen.rpartition(":")[0]
     # Scripts and tests wait for this line, on stdout.
     print(f"unslothd {__version__} is serving on {host}:{port}", flush=True)  # noqa: T201
@@ -117,6 +124,7 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_
     await server.announce_stop()
     await service.close(leave_running=settings.on_shutdown == "continue")
     await server.stop(_GRACE_SECONDS)
+    audit.close()
     lock.release()
     log.info("stopped")
 
@@ -157,7 +165,6 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
         trainings,
         Exports(models, workers, artifacts, settings.output_root, trainings.result_of),
         Downloads(artifacts, settings.output_root, trainings.result_of),
-        max_message_bytes=settings.max_message_bytes,
         max_loaded_models=settings.max_loaded_models,
         max_queued_trainings=settings.max_queued_trainings,
     )

@@ -22,6 +22,8 @@ from pydantic import (
     field_validator,
 )
 
+from unslothd_server.access.certificates import TlsFiles, check_certificate, check_key, read_content
+
 MIB = 1024 * 1024
 GIB = 1024 * MIB
 
@@ -56,7 +58,24 @@ class Settings(BaseModel):
         default=(), description="Folders that models and datasets may be read from; repeat the flag for several."
     )
     allow_insecure_listen: bool = Field(
-        default=False, description="Serve without TLS and tokens on an address that other hosts can reach."
+        default=False, description="Serve without TLS on an address that other hosts can reach."
+    )
+    tls_cert: AbsolutePath | None = Field(
+        default=None, description="PEM file with the server's certificate and those between it and its authority."
+    )
+    tls_key: AbsolutePath | None = Field(
+        default=None, description="PEM file with the private key of tls_cert, readable by the server's user only."
+    )
+    tls_client_ca: AbsolutePath | None = Field(
+        default=None, description="PEM file with authorities; every caller then needs a client certificate of theirs."
+    )
+    tls_client_scope: Literal["read", "train", "admin", "none"] = Field(
+        default="train", description="What a client certificate allows without a token; none: a token is needed too."
+    )
+    require_identity: Literal["auto", "yes", "no"] = Field(
+        default="auto",
+        description="Refuse callers without a token or client certificate. auto: with TLS on an address that other "
+        "hosts can reach, and wherever client certificates are asked for.",
     )
     listen: str = Field(default="127.0.0.1:50051", description="HOST:PORT to serve on; port 0 takes a free one.")
     on_shutdown: Literal["pause", "continue"] = Field(
@@ -68,11 +87,36 @@ class Settings(BaseModel):
     max_message_bytes: ByteSize = Field(
         default=ByteSize(10 * MIB), ge=MIB, le=64 * MIB, description="Largest request; larger rows are uploaded."
     )
+    max_inline_bytes: ByteSize = Field(
+        default=ByteSize(4 * MIB), ge=1, le=4 * MIB, description="Most inline rows of a dataset in a request."
+    )
     max_dataset_bytes: ByteSize = Field(default=ByteSize(50 * GIB), ge=MIB, description="Largest uploaded dataset.")
     max_loaded_models: int = Field(default=8, ge=1, le=1000, description="Most models at a time.")
     max_queued_trainings: int = Field(
         default=100, ge=1, le=100_000, description="Most trainings that wait for their turn on one model."
     )
+    max_requests_per_second: float = Field(
+        default=100.0, gt=0, description="Most calls a second of one caller, over some time."
+    )
+    max_request_burst: int = Field(
+        default=200, ge=1, description="Calls of one caller that may come at once after a time without any."
+    )
+    max_streams: int = Field(default=100, ge=1, description="Most streams that one caller has open at a time.")
+    max_deadline_seconds: float = Field(
+        default=604_800.0, gt=0, description="Longest deadline that a call may have; one without a deadline is taken."
+    )
+    upload_idle_seconds: float = Field(
+        default=60.0, gt=0, description="A call whose sender is silent for so long in its middle is ended."
+    )
+    keepalive_seconds: float = Field(
+        default=20.0,
+        ge=1,
+        description="A connection that is silent for so long is dropped unless its end answers within half of it.",
+    )
+    audit_log_bytes: ByteSize = Field(
+        default=ByteSize(16 * MIB), ge=1024, description="Size at which audit.jsonl in the home is turned over."
+    )
+    audit_log_files: int = Field(default=8, ge=1, le=1000, description="Older files of the audit log that are kept.")
     stall_seconds: float = Field(
         default=1800.0, ge=1, description="A training that does nothing for so long has hung, and gets another worker."
     )
@@ -80,16 +124,55 @@ class Settings(BaseModel):
         default=5.0, gt=0, le=60, description="How often a watcher hears of a training in which nothing happens."
     )
 
+    @field_validator("tls_cert")
+    @classmethod
+    def _good_certificate(cls, cert: Path | None) -> Path | None:
+        if cert is not None:
+            check_certificate(cert)
+        return cert
+
+    @field_validator("tls_key")
+    @classmethod
+    def _good_key_of_the_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
+        if key is not None:
+            check_key(key)
+        if "tls_cert" in info.data:
+            cert = info.data["tls_cert"]
+            if (key is None) != (cert is None):
+                raise ValueError("a certificate and its key go together: set both --tls-cert and --tls-key, or neither")
+            if key is not None and cert is not None:
+                read_content(TlsFiles(cert, key))
+        return key
+
+    @field_validator("tls_client_ca")
+    @classmethod
+    def _good_authorities(cls, client_ca: Path | None, info: ValidationInfo) -> Path | None:
+        if client_ca is not None:
+            check_certificate(client_ca)
+            if not info.data.get("tls_cert", True):
+                raise ValueError("client certificates need TLS: set --tls-cert and --tls-key too")
+        return client_ca
+
     @field_validator("listen")
     @classmethod
     def _loopback_or_consent(cls, listen: str, info: ValidationInfo) -> str:
         host, _ = split_address(listen)
-        if not info.data.get("allow_insecure_listen", True) and not is_loopback(host):
+        # A setting that is wrong by itself is missing in data; it is told already.
+        secure = info.data.get("allow_insecure_listen", True) or info.data.get("tls_cert", True)
+        if not secure and not is_loopback(host):
             raise ValueError(
-                f"{host} can be reached by other hosts, and this version serves without TLS and tokens. "
-                "Listen on 127.0.0.1 and use an SSH tunnel, or add --allow-insecure-listen if the network is yours."
+                f"{host} can be reached by other hosts. Name a certificate with --tls-cert and --tls-key; or listen on "
+                "127.0.0.1 and use an SSH tunnel; or add --allow-insecure-listen if the network is yours"
             )
         return listen
+
+    @property
+    def asks_who_calls(self) -> bool:
+        """Callers need a token or a client certificate."""
+        if self.require_identity != "auto":
+            return self.require_identity == "yes"
+        exposed = self.tls_cert is not None and not is_loopback(split_address(self.listen)[0])
+        return exposed or self.tls_client_ca is not None
 
     def source_of(self, name: str) -> str:
         """Says where a setting's value came from, for people: its flag, variable or file, or "default"."""

@@ -149,4 +149,5 @@ def _near(name: str, names: Iterable[str], least: float = 0.6) -> str:
 def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:
     name = str(error["loc"][0])
     text = error["msg"].removeprefix("Value error, ")
-    return f"{sources.get(name, name)}: {text} (got {error['input']!r})"
+    got = error["input"]
+    return f"{sources.get(name, name)}: {text} (got {str(got) if isinstance(got, Path) else repr(got)})"

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from unslothd_server.config import Settings
 from unslothd_server.config_sources import flag_of
 
-_METAVARS = {Path: "DIR", ByteSize: "SIZE", int: "N", float: "NUMBER", str: "TEXT"}
+_METAVARS = {Path: "PATH", ByteSize: "SIZE", int: "N", float: "NUMBER", str: "TEXT"}
 _UNITS = ((1024**3, "GiB"), (1024**2, "MiB"))
 
 

@@ -33,19 +33,35 @@ class Authority:
         )
         self.ca = self._written("ca.pem", self._certificate.public_bytes(serialization.Encoding.PEM))
 
-    def server(self, name: str = "server", hosts: tuple[str, ...] = ("127.0.0.1", "localhost")) -> tuple[Path, Path]:
-        """Makes a server's certificate and key for these host names and addresses; returns the paths of both."""
-        return self._signed(name, x509.SubjectAlternativeName([_host(host) for host in hosts]), server=True)
+    def server(
+        self,
+        name: str = "server",
+        hosts: tuple[str, ...] = ("127.0.0.1", "localhost"),
+        starts_in: datetime.timedelta = -_DAY,
+    ) -> tuple[Path, Path]:
+        """Makes a server's certificate and key for these host names and addresses; returns the paths of both.
+
+        The certificate is good for 30 days.
+        """
+        names = x509.SubjectAlternativeName([_host(host) for host in hosts])
+        return self._signed(name, names, server=True, starts_in=starts_in)
 
     def client(self, name: str) -> tuple[Path, Path]:
         """Makes a client's certificate with this common name, and its key; returns the paths of both."""
         return self._signed(name, x509.SubjectAlternativeName([x509.DNSName(name)]), server=False)
 
-    def _signed(self, name: str, names: x509.SubjectAlternativeName, *, server: bool) -> tuple[Path, Path]:
+    def _signed(
+        self,
+        name: str,
+        names: x509.SubjectAlternativeName,
+        *,
+        server: bool,
+        starts_in: datetime.timedelta = -_DAY,
+    ) -> tuple[Path, Path]:
         key = ec.generate_private_key(ec.SECP256R1())
         usage = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
         certificate = (
-            _dated(_name(name), self._name, key)
+            _dated(_name(name), self._name, key, starts_in)
             .add_extension(names, critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -65,12 +81,13 @@ class Authority:
         return path
 
 
-def _dated(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+def _dated(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, starts_in: datetime.timedelta = -_DAY
+) -> x509.CertificateBuilder:
+    start = datetime.datetime.now(datetime.UTC) + starts_in
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
-    return (
-        builder.serial_number(x509.random_serial_number()).not_valid_before(now - _DAY).not_valid_after(now + 30 * _DAY)
-    )
+    builder = builder.serial_number(x509.random_serial_number())
+    return builder.not_valid_before(start).not_valid_after(start + 30 * _DAY)
 
 
 def _name(text: str) -> x509.Name:

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from support.certificates import Authority
 from unslothd_server.config import Settings, split_address
 from unslothd_server.config_sources import ConfigError, flag_of, load_settings, variable_of
 from unslothd_server.flags import default_text, with_setting_flags
@@ -129,24 +131,45 @@ def test_every_problem_of_every_place_is_told_at_once_with_its_place(monkeypatch
 
 
 def test_variables_of_clients_and_scripts_are_nobodys_business(monkeypatch: pytest.MonkeyPatch):
-    for name in ("UNSLOTHD_TARGET", "UNSLOTHD_TOKEN", "UNSLOTHD_PROFILE", "UNSLOTHD_BACKUP_DIR"):
+    for name in (
+        "UNSLOTHD_TARGET",
+        "UNSLOTHD_TOKEN",
+        "UNSLOTHD_PROFILE",
+        "UNSLOTHD_TLS",
+        "UNSLOTHD_CA",
+        "UNSLOTHD_CLIENT_KEY",
+    ):
         monkeypatch.setenv(name, "x")
     assert load_settings().listen == "127.0.0.1:50051"
 
 
-def valid_text(name: str) -> str:
+@pytest.fixture
+def certificate(tmp_path: Path) -> dict[str, str]:
+    """A certificate, its key and their authority, by setting."""
+    authority = Authority(tmp_path / "authority")
+    cert, key = authority.server()
+    return {"tls_cert": str(cert), "tls_key": str(key), "tls_client_ca": str(authority.ca)}
+
+
+def valid_text(name: str, files: dict[str, str]) -> str:
+    if name in files:
+        return files[name]
     default = Settings.model_fields[name].default
     return str(default).lower() if isinstance(default, bool) else default_text(Settings.model_fields[name]) or "/a"
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_a_flag_a_variable_and_a_key_and_says_what_it_is(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, certificate: dict[str, str]
 ):
+    if name in certificate:  # which come together
+        for other, path in certificate.items():
+            if other != name:
+                monkeypatch.setenv(variable_of(other), path)
     taken: dict[str, object] = {}
     app = typer.Typer()
     app.command()(with_setting_flags(lambda *, flags: taken.update(flags)))
-    value = valid_text(name)
+    value = valid_text(name, certificate)
     done = CliRunner().invoke(app, [flag_of(name)] if value == "false" else [flag_of(name), value])
     assert done.exit_code == 0, done.output
     assert [each for each, given in taken.items() if given is not None] == [name]
@@ -171,8 +194,45 @@ def test_the_page_of_settings_is_fresh():
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:50051", "192.168.1.5:50051", "gpu-host:50051", "[::]:50051"])
 def test_an_address_that_others_reach_needs_consent(listen: str):
-    assert "allow-insecure-listen" in problems({"listen": listen})[0]
-    assert load_settings({"listen": listen, "allow_insecure_listen": True}).listen == listen
+    assert "--tls-cert" in problems({"listen": listen})[0]
+    assert "--allow-insecure-listen" in problems({"listen": listen})[0]
+    settings = load_settings({"listen": listen, "allow_insecure_listen": True})
+    assert settings.listen == listen
+    assert not settings.asks_who_calls
+
+
+def test_a_certificate_makes_an_address_safe_that_others_reach_and_callers_are_asked_who_they_are(
+    certificate: dict[str, str],
+):
+    tls = {name: certificate[name] for name in ("tls_cert", "tls_key")}
+    exposed = {**tls, "listen": "0.0.0.0:50051"}
+    assert load_settings(exposed).asks_who_calls
+    assert not load_settings({**exposed, "require_identity": "no"}).asks_who_calls
+    assert not load_settings(tls).asks_who_calls
+    assert load_settings({**tls, "require_identity": "yes"}).asks_who_calls
+    assert load_settings(certificate).asks_who_calls
+    assert load_settings({"require_identity": "yes"}).asks_who_calls
+
+
+def test_every_problem_of_certificate_and_key_is_told_at_once(tmp_path: Path):
+    authority = Authority(tmp_path / "authority")
+    old, _ = authority.server("old", starts_in=-timedelta(days=40))
+    _, key = authority.server("open")
+    key.chmod(0o644)
+    told = problems({"tls_cert": str(old), "tls_key": str(key), "tls_client_ca": str(key), "listen": "0.0.0.0:1"})
+    assert [line.partition(": ")[0] for line in told] == ["--tls-cert", "--tls-key", "--tls-client-ca"]
+    assert "expired on" in told[0]
+    assert "can be used by other users (mode 0644); chmod 600 it" in told[1]
+    assert "holds no certificate in PEM form" in told[2]
+
+
+def test_a_certificate_needs_its_key_and_a_key_its_certificate(certificate: dict[str, str], tmp_path: Path):
+    cert, key, client_ca = certificate.values()
+    other_cert, _ = Authority(tmp_path / "other").server()
+    assert "go together" in problems({"tls_cert": cert})[0]
+    assert "go together" in problems({"tls_key": key})[0]
+    assert "need TLS" in problems({"tls_client_ca": client_ca})[0]
+    assert "is not the key of" in problems({"tls_cert": str(other_cert), "tls_key": key})[0]
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:50051", "[::1]:50051"])

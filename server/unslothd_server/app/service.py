@@ -15,7 +15,6 @@ from unslothd_server.app.trainings import Trainings
 from unslothd_server.errors import PreconditionError, UnavailableError
 
 ENGINE_PACKAGES = ("unsloth", "unsloth-zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes")
-MAX_INLINE_BYTES = 4 * 1024 * 1024  # as the rule of InlineRows.data in the contract
 
 
 @dataclass
@@ -28,7 +27,6 @@ class Service:
         trainings: Trainings and their queues.
         exports: Exports that run.
         downloads: Files of artifacts and checkpoints.
-        max_message_bytes: Largest request.
         max_loaded_models: Most models at a time.
         max_queued_trainings: Most trainings that wait on one model.
     """
@@ -38,20 +36,17 @@ class Service:
     trainings: Trainings
     exports: Exports
     downloads: Downloads
-    max_message_bytes: int
     max_loaded_models: int
     max_queued_trainings: int
 
     def server_info(self) -> GetServerInfoResponse:
-        """Versions, devices and limits."""
+        """Versions, devices and the limits of what is stored and loaded."""
         return GetServerInfoResponse(
             server_version=__version__,
             engine_versions=_engine_versions(),
             devices=self.models.devices(),
             limits=ServerLimits(
-                max_message_bytes=self.max_message_bytes,
                 max_dataset_bytes=self.datasets.max_bytes,
-                max_inline_bytes=MAX_INLINE_BYTES,
                 max_loaded_models=self.max_loaded_models,
                 export_formats=self.exports.formats(),
                 max_queued_trainings=self.max_queued_trainings,

@@ -1,93 +1,164 @@
-"""What every call passes through: its size, the rules of the contract, errors as statuses, a line in the log."""
+"""What every call passes through: who calls, its request, errors as statuses, and its lines in the logs."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 import structlog
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
-from unslothd.v1.error_reason_pb2 import ErrorReason
-from unslothd_server.errors import (
-    ExhaustedError,
-    FieldViolation,
-    InvalidFieldsError,
-    UnexpectedError,
-    UnslothdError,
-)
-from unslothd_server.rpc.validation import validate
+from unslothd.v1.server_info_pb2 import Scope
+from unslothd_server.access.audit import AuditLog, CallRecord
+from unslothd_server.access.callers import CURRENT
+from unslothd_server.access.scopes import READ, SCOPES
+from unslothd_server.errors import UnexpectedError, UnslothdError
+from unslothd_server.rpc.call_ids import ids_in
+from unslothd_server.rpc.gate import Context, Gate
+from unslothd_server.rpc.intake import Intake
 from unslothd_server.status import to_status
 
 log = structlog.get_logger()
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-class _Refused:
-    """Stands for a request that could not be taken in; the call ends with its error."""
-
-    def __init__(self, error: UnslothdError) -> None:
-        self.error = error
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_REFLECTION = "grpc.reflection."
 
 
 class ContractInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of our own service; health and reflection pass untouched.
+    """Wraps the handlers of our own service and of reflection; health passes untouched.
+
+    All our handlers take a stream of bytes, also for calls with one request: so nothing of a request is received, let
+    alone parsed, before it is clear who calls and whether that caller may.
 
     Args:
-        service: Full name of our service.
-        max_message_bytes: Largest request. gRPC itself refuses what is far larger, without details.
+        service: Our service.
+        gate: Lets calls in.
+        intake: Reads requests.
+        audit: Has a line for every call.
     """
 
-    def __init__(self, service: str, max_message_bytes: int) -> None:
-        self._prefix = f"/{service}/"
-        self._max_message_bytes = max_message_bytes
+    def __init__(self, service: ServiceDescriptor, gate: Gate, intake: Intake, audit: AuditLog) -> None:
+        self._service = service
+        self._gate = gate
+        self._intake = intake
+        self._audit = audit
 
     async def intercept_service(  # pyright: ignore[reportIncompatibleMethodOverride] - the base leaves it untyped
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> "grpc.RpcMethodHandler[Any, Any]":
+    ) -> Handler:
         """Returns the handler of a call, wrapped."""
         handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or not method.startswith(self._prefix):  # pyright: ignore[reportUnnecessaryComparison]
+        service, _, rpc = handler_call_details.method.removeprefix("/").rpartition("/")
+        if handler is None:  # pyright: ignore[reportUnnecessaryComparison] - of a method that there is not
             return handler
-        name = method.removeprefix(self._prefix)
-        deserialize = self._deserializer(handler.request_deserializer)
-        if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(
-                _unary(name, _with_checked_stream(handler.stream_unary)), deserialize, handler.response_serializer
+        if service.startswith(_REFLECTION):
+            return grpc.stream_stream_rpc_method_handler(
+                self._reflection(handler), handler.request_deserializer, handler.response_serializer
             )
+        if service != self._service.full_name:
+            return handler
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                _stream(name, handler.unary_stream), deserialize, _serializer(handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(
+                self._streaming(rpc, handler), None, _serializer(handler.response_serializer)
             )
-        return grpc.unary_unary_rpc_method_handler(
-            _unary(name, handler.unary_unary), deserialize, handler.response_serializer
-        )
+        return grpc.stream_unary_rpc_method_handler(self._unary(rpc, handler), None, handler.response_serializer)
 
-    def _deserializer(self, inner: Any) -> Callable[[bytes], Message | _Refused]:
-        def deserialize(data: bytes) -> Message | _Refused:
-            if len(data) > self._max_message_bytes:
-                return _Refused(self._too_large(len(data)))
-            try:
-                return inner(data)
-            except DecodeError:
-                return _Refused(InvalidFieldsError([FieldViolation("request", "is not a message of this contract")]))
+    def _unary(self, rpc: str, handler: Any) -> Callable[..., Awaitable[Message]]:
+        parse = handler.request_deserializer
 
-        return deserialize
+        async def call(requests: AsyncIterator[bytes], context: Context) -> Message:
+            async with self._call(rpc, SCOPES[rpc], context, stream=handler.request_streaming) as record:
+                if handler.request_streaming:
+                    self._audit.begun(record)
+                    response = await handler.stream_unary(self._each(requests, parse, record), context)
+                else:
+                    request = await self._intake.one(requests, parse)
+                    record.ids.update(ids_in(request))
+                    response = await handler.unary_unary(request, context)
+                record.ids.update(ids_in(response))
+                return response
 
-    def _too_large(self, size: int) -> ExhaustedError:
-        return ExhaustedError(
-            ErrorReason.ERROR_REASON_MESSAGE_TOO_LARGE,
-            f"The request has {size} bytes; the most is {self._max_message_bytes}. "
-            "Upload large datasets with UploadDataset, or name the path of a file on the server.",
-            metadata={"message_bytes": str(size), "max_bytes": str(self._max_message_bytes)},
-        )
+        return call
+
+    async def _each(self, requests: AsyncIterator[bytes], parse: Any, record: CallRecord) -> AsyncIterator[Message]:
+        async for request in self._intake.each(requests, parse):
+            self._gate.recheck(record.caller)
+            yield request
+
+    def _streaming(self, rpc: str, handler: Any) -> Callable[..., AsyncIterator[Any]]:
+        response_class = GetMessageClass(self._service.methods_by_name[rpc].output_type)
+
+        async def call(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+            async with self._call(rpc, SCOPES[rpc], context, stream=True) as record:
+                request = await self._intake.one(requests, handler.request_deserializer)
+                record.ids.update(ids_in(request))
+                self._audit.begun(record)
+                first = True
+                async for response in handler.unary_stream(request, context):
+                    self._gate.recheck(record.caller)
+                    if isinstance(response, Message):
+                        record.ids.update(ids_in(response))
+                    elif first:  # all frames of a watch are of one training
+                        record.ids.update(ids_in(response_class.FromString(response)))
+                    first = False
+                    yield response
+
+        return call
+
+    def _reflection(self, handler: Any) -> Callable[..., AsyncIterator[Any]]:
+        async def call(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            async with self._call("ServerReflectionInfo", READ, context, stream=True):
+                async for response in handler.stream_stream(requests, context):
+                    yield response
+
+        return call
+
+    @asynccontextmanager
+    async def _call(
+        self, rpc: str, needed: "Scope.ValueType", context: Context, *, stream: bool
+    ) -> AsyncGenerator[CallRecord]:
+        """Lets a call in, ends it with the status of its error, and writes down how it went."""
+        started = time.monotonic()
+        record = CallRecord(rpc, context.peer())
+
+        def over(code: str, reason: str = "") -> None:
+            """Before the caller hears of it."""
+            record.code, record.reason = code, reason
+            record.ms = round((time.monotonic() - started) * 1000, 1)
+            self._audit.ended(record)
+            tell = log.info if reason else log.debug
+            tell("rpc", rpc=rpc, caller=record.caller.name, code=code, reason=reason, ms=record.ms)
+
+        try:
+            with self._gate.admit(record, needed, context, stream=stream):
+                CURRENT.set(record.caller)
+                yield record
+        except (asyncio.CancelledError, GeneratorExit):
+            over("DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED")
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it becomes a status
+            known = _known(rpc, error)
+            status: Any = rpc_status.to_status(to_status(known))  # pyright: ignore[reportUnknownMemberType]
+            over(status.code.name, known.reason_name)
+            await context.abort(status.code, status.details, status.trailing_metadata)
+        else:
+            over("OK")
+
+
+def _known(rpc: str, error: Exception) -> UnslothdError:
+    if isinstance(error, UnslothdError):
+        return error
+    unexpected = UnexpectedError()
+    log.error("unexpected error", rpc=rpc, error_id=unexpected.error_id, exc_info=error)
+    return unexpected
 
 
 def _serializer(inner: Any) -> Callable[[Message | bytes], bytes]:
@@ -97,71 +168,3 @@ def _serializer(inner: Any) -> Callable[[Message | bytes], bytes]:
         return message if isinstance(message, bytes) else inner(message)
 
     return serialize
-
-
-def _checked(request: object) -> None:
-    if isinstance(request, _Refused):
-        raise request.error
-    if isinstance(request, Message):
-        validate(request)
-
-
-def _with_checked_stream(behaviour: Any) -> Callable[..., Awaitable[Message]]:
-    """Each message of a request stream is checked as it comes: 0.04 ms for a chunk of 1 MiB."""
-
-    async def checked(requests: AsyncIterator[object]) -> AsyncIterator[object]:
-        async for request in requests:
-            _checked(request)
-            yield request
-
-    def call(requests: AsyncIterator[object], context: Context) -> Awaitable[Message]:
-        return behaviour(checked(requests), context)
-
-    return call
-
-
-def _unary(name: str, behaviour: Any) -> Callable[..., Awaitable[Message]]:
-    async def call(request: object, context: Context) -> Message:
-        started = time.monotonic()
-        try:
-            _checked(request)
-            response = await behaviour(request, context)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it becomes a status
-            await _abort(name, context, error, started)
-        log.debug("rpc", rpc=name, code="OK", ms=_ms(started))
-        return response
-
-    return call
-
-
-def _stream(name: str, behaviour: Any) -> Callable[..., AsyncIterator[Any]]:
-    async def call(request: object, context: Context) -> AsyncIterator[Any]:
-        started = time.monotonic()
-        try:
-            _checked(request)
-            async for response in behaviour(request, context):
-                yield response
-        except asyncio.CancelledError:
-            log.debug("rpc", rpc=name, code="CANCELLED", ms=_ms(started))
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it becomes a status
-            await _abort(name, context, error, started)
-        log.debug("rpc", rpc=name, code="OK", ms=_ms(started))
-
-    return call
-
-
-async def _abort(name: str, context: Context, error: Exception, started: float) -> NoReturn:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, UnslothdError):
-        unexpected = UnexpectedError()
-        log.error("unexpected error", rpc=name, error_id=unexpected.error_id, exc_info=error)
-        error = unexpected
-    status: Any = rpc_status.to_status(to_status(error))  # pyright: ignore[reportUnknownMemberType]
-    log.info("rpc", rpc=name, code=status.code.name, reason=error.reason_name, ms=_ms(started))
-    await context.abort(status.code, status.details, status.trailing_metadata)
-
-
-def _ms(started: float) -> float:
-    return round((time.monotonic() - started) * 1000, 1)

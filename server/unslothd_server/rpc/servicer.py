@@ -11,6 +11,8 @@ from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.service_pb2_grpc import UnslothServiceServicer
 from unslothd.v1.training_pb2 import Training
+from unslothd_server.access.callers import CURRENT
+from unslothd_server.access.limits import CallLimits
 from unslothd_server.app.service import Service
 from unslothd_server.errors import AbortedError, UnslothdError
 from unslothd_server.status import from_status
@@ -25,18 +27,24 @@ class UnslothServicer(UnslothServiceServicer):
 
     Args:
         service: What does the work.
+        limits: What calls may hold.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, limits: CallLimits) -> None:
         self._service = service
+        self._limits = limits
         # Calls that outlive the stream which asked for them; asyncio itself keeps only weak references.
         self._background: set[asyncio.Task[Training]] = set()
 
     # --- server ---
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
-        """Versions, devices and limits."""
-        return self._service.server_info()
+        """Versions, devices, limits and the caller."""
+        info = self._service.server_info()
+        caller = CURRENT.get()
+        info.caller.CopyFrom(caller.to_message())
+        info.limits.MergeFrom(self._limits.for_caller(caller))
+        return info
 
     # --- models ---
 

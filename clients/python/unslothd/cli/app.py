@@ -5,12 +5,25 @@ from typing import Annotated
 import typer
 
 from unslothd._version import __version__
-from unslothd.cli import artifacts, chat, datasets, generate, info, models, plan, receipt, server_side, train, trainings
+from unslothd.cli import (
+    artifacts,
+    chat,
+    datasets,
+    generate,
+    info,
+    models,
+    plan,
+    receipt,
+    server_side,
+    tokens,
+    train,
+    trainings,
+)
 
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 the call or the training failed, or the training was cancelled, or files are not as their "
-    "receipt says; 2 wrong usage; 130 detached by Ctrl-C. Every command but serve and doctor takes --json for scripts, "
-    "and --target, --token-file, --ca and --profile for another server: docs/connecting.md."
+    "receipt says; 2 wrong usage; 130 detached by Ctrl-C. Every command but serve, doctor and tokens takes --json for "
+    "scripts, and --target, --token-file, --ca and --profile for another server: docs/connecting.md."
 )
 
 app = typer.Typer(
@@ -42,6 +55,7 @@ def unslothd(
 
 
 server_side.register(app)
+tokens.register(app)
 info.register(app)
 models.register(app)
 train.register(app)

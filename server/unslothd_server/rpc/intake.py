@@ -1,0 +1,88 @@
+"""Takes requests in: within their time and size, decoded, by the rules of the contract."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from google.protobuf.message import DecodeError, Message
+
+from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd.v1.service_pb2 import PlanTrainingRequest, TrainRequest
+from unslothd_server.access.limits import CallLimits
+from unslothd_server.errors import AbortedError, ExhaustedError, FieldViolation, InvalidFieldsError
+from unslothd_server.rpc.validation import validate
+
+Parse = Callable[[bytes], Message]
+
+
+class Intake:
+    """Reads what a caller sends.
+
+    Args:
+        limits: What calls may hold.
+    """
+
+    def __init__(self, limits: CallLimits) -> None:
+        self._limits = limits
+
+    async def one(self, requests: AsyncIterator[bytes], parse: Parse) -> Message:
+        """Returns the request of a call that has one.
+
+        Raises:
+            UnslothdError: INVALID_FIELD, MESSAGE_TOO_LARGE, INLINE_ROWS_TOO_LARGE or UPLOAD_STALLED.
+        """
+        data = await self._next(requests)
+        if data is None:
+            raise InvalidFieldsError([FieldViolation("request", "is missing: the call ended without it")])
+        return self._checked(data, parse)
+
+    async def each(self, requests: AsyncIterator[bytes], parse: Parse) -> AsyncIterator[Message]:
+        """Yields the requests of a call that streams them; each is checked as it comes: 0.04 ms for a chunk of 1 MiB.
+
+        Raises:
+            UnslothdError: As `one`.
+        """
+        while (data := await self._next(requests)) is not None:
+            yield self._checked(data, parse)
+
+    async def _next(self, requests: AsyncIterator[bytes]) -> bytes | None:
+        seconds = self._limits.upload_idle_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await anext(requests, None)
+        except TimeoutError:
+            raise AbortedError(
+                ErrorReason.ERROR_REASON_UPLOAD_STALLED,
+                f"Nothing came for {seconds:g} s, so the call was ended and nothing is kept. Send it again.",
+            ) from None
+
+    def _checked(self, data: bytes, parse: Parse) -> Message:
+        if len(data) > self._limits.max_message_bytes:
+            raise self._too_large(len(data))
+        try:
+            request = parse(data)
+        except DecodeError:
+            raise InvalidFieldsError([FieldViolation("request", "is not a message of this contract")]) from None
+        validate(request)
+        if isinstance(request, TrainRequest | PlanTrainingRequest):
+            self._check_inline(request)
+        return request
+
+    def _check_inline(self, request: TrainRequest | PlanTrainingRequest) -> None:
+        most = self._limits.max_inline_bytes
+        for field, source in (("train_dataset", request.train_dataset), ("eval_dataset", request.eval_dataset)):
+            if len(source.inline.data) > most:
+                raise ExhaustedError(
+                    ErrorReason.ERROR_REASON_INLINE_ROWS_TOO_LARGE,
+                    f"{field}.inline has {len(source.inline.data)} bytes; the most is {most}. Send the rows with "
+                    "UploadDataset and name their dataset_id.",
+                    metadata={"inline_bytes": str(len(source.inline.data)), "max_bytes": str(most)},
+                )
+
+    def _too_large(self, size: int) -> ExhaustedError:
+        most = self._limits.max_message_bytes
+        return ExhaustedError(
+            ErrorReason.ERROR_REASON_MESSAGE_TOO_LARGE,
+            f"The request has {size} bytes; the most is {most}. "
+            "Upload large datasets with UploadDataset, or name the path of a file on the server.",
+            metadata={"message_bytes": str(size), "max_bytes": str(most)},
+        )
