@@ -26,7 +26,6 @@ DEFAULTS = TrainingConfig(
     save_total_limit=0,
     early_stopping_patience=0,
     neftune_noise_alpha=0.0,
-    micro_batching=MicroBatching.MICRO_BATCHING_FIXED,
 )
 DEFAULT_MAX_STEPS = 100
 
@@ -64,7 +63,15 @@ def completed(config: TrainingConfig, model: Model) -> TrainingConfig:
         result.fp16 = on_gpu and model.dtype == "float16" and not result.bf16
     if not result.HasField("bf16"):
         result.bf16 = on_gpu and model.dtype == "bfloat16" and not result.fp16
+    if not result.micro_batching:
+        result.micro_batching = _micro_batching(config, on_gpu=on_gpu)
     return result
+
+
+def _micro_batching(config: TrainingConfig, *, on_gpu: bool) -> MicroBatching.ValueType:
+    """A CPU takes as long for two small passes as for one large one, and equal seeds shall give equal bits there."""
+    fixed = config.HasField("batch_size") or config.HasField("use_gradient_checkpointing") or not on_gpu
+    return MicroBatching.MICRO_BATCHING_FIXED if fixed else MicroBatching.MICRO_BATCHING_TUNED
 
 
 def set_fields(config: TrainingConfig) -> list[str]:

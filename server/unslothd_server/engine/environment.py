@@ -27,6 +27,11 @@ def import_libraries() -> dict[str, str]:
     # The order is the point: unsloth patches the others while they are not imported yet.
     for name in ("unsloth", "torch", "transformers", "trl", "peft", "datasets"):
         importlib.import_module(name)
+    return versions()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that matter; "" for one that is not installed."""
     return {name: _version(name) for name in REPORTED_PACKAGES}
 
 

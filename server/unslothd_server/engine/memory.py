@@ -4,6 +4,8 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +95,22 @@ def gpu_utilization() -> float | None:
     if torch is None or not torch.cuda.is_initialized():
         return None
     return _reading(torch).utilization
+
+
+@contextmanager
+def device_memory_at_most(more_bytes: int) -> Iterator[None]:
+    """Lets torch take no more than so much in addition: who shares the GPU keeps what is left. Nothing on a CPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        yield
+        return
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    share = (torch.cuda.memory_reserved() + max(more_bytes, 0)) / total
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 class PeakMemory:

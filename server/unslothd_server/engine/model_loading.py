@@ -40,6 +40,7 @@ class LoadedModel:
         adapter_seed: Of the adapter's first weights.
         weights_from: Folder whose weights replaced these; empty = none.
         trained_by: Ids of the trainings that changed the weights here, oldest first.
+        cache_dir: Folder that outlives the worker; None = nothing is remembered.
     """
 
     model: Any
@@ -53,6 +54,7 @@ class LoadedModel:
     adapter_seed: int = 0
     weights_from: str = ""
     trained_by: list[str] = field(default_factory=list)
+    cache_dir: Path | None = None
 
 
 def load_model(bootstrap: WorkerBootstrap, request: LoadModelRequest, report: Report) -> LoadedModel:
@@ -80,6 +82,7 @@ def load_model(bootstrap: WorkerBootstrap, request: LoadModelRequest, report: Re
         device_map=bootstrap.device_map or "auto",
         max_seq_length=int(getattr(model, "max_seq_length", 0) or request.max_seq_length),
         from_adapter=source.kind is SourceKind.ADAPTER,
+        cache_dir=Path(bootstrap.cache_dir) if bootstrap.cache_dir else None,
     )
 
 

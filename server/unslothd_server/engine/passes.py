@@ -6,7 +6,7 @@ gradients add up to the same; only rounding, and which dropout mask falls on whi
 
 import gc
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,15 +21,19 @@ Inputs = dict[str, Any]
 
 @dataclass
 class PassSplit:
-    """What had to be changed to fit in memory; kept in checkpoints, so that a resume need not find it out again.
+    """What was chosen for speed or changed to fit in memory; kept in checkpoints, so that a resume goes on with it.
 
     Args:
-        parts: Parts that each pass of the config is cut into: 1, 2, 4, …
+        parts: Parts that each pass is cut into for lack of memory: 1, 2, 4, …
         checkpointing: Activation checkpointing was switched on.
+        tokens: Most tokens of a pass, as tuned and before it is cut into parts; 0 = passes as configured.
+        joined: Tuned passes join their sequences without padding.
     """
 
     parts: int = 1
     checkpointing: bool = False
+    tokens: int = 0
+    joined: bool = False
 
 
 @dataclass
@@ -37,11 +41,12 @@ class StepPasses:
     """Runs the passes of optimizer steps.
 
     Args:
-        batch_size: Sequences of a pass as configured.
+        batch_size: Sequences that one call of `run` gets at most.
         uses_checkpointing: Tells whether activations are recomputed.
         use_checkpointing: Switches that on.
         zero_gradients: Forgets the gradients of the step under way.
         repaired: Called with each decision and the error behind it, after it was taken.
+        cut: Cuts the inputs of `run` into those of its passes.
         split: What is in force.
     """
 
@@ -50,6 +55,7 @@ class StepPasses:
     use_checkpointing: Callable[[], None]
     zero_gradients: Callable[[], None]
     repaired: Callable[[PassSplit, ExhaustedError], None]
+    cut: Callable[[Inputs, PassSplit], Iterable[Inputs]] = lambda inputs, split: parts_of(inputs, split.parts)
     split: PassSplit = field(default_factory=PassSplit)
     _done: list[Inputs] = field(default_factory=list)
 
@@ -81,7 +87,7 @@ class StepPasses:
                 return loss
 
     def _in_parts(self, inputs: Inputs, one_pass: Callable[[Inputs], Any]) -> Any:
-        losses = [one_pass(part) for part in parts_of(inputs, self.split.parts)]
+        losses = [one_pass(part) for part in self.cut(inputs, self.split)]
         return sum(losses[1:], start=losses[0])
 
     def _run_again(self, one_pass: Callable[[Inputs], Any]) -> None:
@@ -114,11 +120,18 @@ class StepPasses:
         self.repaired(self.split, known)
 
 
-def split_config(configured: TrainingConfig, split: PassSplit) -> TrainingConfig:
-    """The config as it is after repairs: smaller passes, more of them, the same optimizer step."""
+def split_config(configured: TrainingConfig, split: PassSplit, passes: int | None = None) -> TrainingConfig:
+    """The config as it is: smaller passes than the trainer's, more of them, the same optimizer step.
+
+    Args:
+        configured: As the trainer has it.
+        split: What is in force.
+        passes: That one of the trainer's is cut into where all rows are as long as the longest; by default the
+            parts of the split.
+    """
     config = TrainingConfig()
     config.CopyFrom(configured)
-    parts = min(split.parts, configured.batch_size)
+    parts = min(split.parts if passes is None else passes, configured.batch_size)
     config.batch_size = -(-configured.batch_size // parts)
     config.gradient_accumulation_steps = configured.gradient_accumulation_steps * parts
     config.use_gradient_checkpointing = configured.use_gradient_checkpointing or split.checkpointing

@@ -11,13 +11,14 @@ from transformers import TrainerCallback
 from transformers.integrations.neftune import deactivate_neftune
 
 from unslothd.v1.error_reason_pb2 import ErrorReason
-from unslothd.v1.training_pb2 import TrainingPlan
+from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingPlan
 from unslothd.worker.v1.worker_service_pb2 import PlanTrainingRequest, StartTrainingRequest
 from unslothd_server.engine import honesty, readback, reports
 from unslothd_server.engine.layouts import NO_PREFERENCE_METHOD
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.parameters import count_parameters
-from unslothd_server.engine.passes import PassSplit
+from unslothd_server.engine.pass_tuning import longest_passes, tune
+from unslothd_server.engine.passes import PassSplit, split_config
 from unslothd_server.engine.prepared_rows import PreparedRows, prepare_rows
 from unslothd_server.engine.probe import DoesNotFitError, measure
 from unslothd_server.engine.step_clock import StepClock
@@ -64,6 +65,8 @@ def plan_training(loaded: LoadedModel, request: PlanTrainingRequest, cancelled: 
         model_kept(loaded.model),
         _ready_trainer(loaded, request.training, rows, check) as trainer,
     ):
+        if request.training.config.micro_batching == MICRO_BATCHING_TUNED:
+            return _tuned_plan(trainer, loaded, request, rows, check)
         plan = _plan(trainer, request.training, rows)
         if request.measure:
             _measure(trainer, rows, plan, check)
@@ -94,6 +97,7 @@ def _ready_trainer(
             ),
             evaluate_first=False,
             split=PassSplit(),
+            tuned=request.config.micro_batching == MICRO_BATCHING_TUNED,
         )
         try:
             with suppress(_Ready):
@@ -120,6 +124,22 @@ def _plan(trainer: Any, request: StartTrainingRequest, rows: PreparedRows) -> Tr
         *honesty.learning_rate_warnings(trainer),
     ]
     return reports.plan(trainer, rows.train, rows.evaluation, facts.config, warnings)
+
+
+def _tuned_plan(
+    trainer: Any, loaded: LoadedModel, request: PlanTrainingRequest, rows: PreparedRows, check: Callable[[], None]
+) -> TrainingPlan:
+    """The plan with the passes that a training would choose now, as far as they are known or may be measured."""
+    tuning = tune(trainer, loaded, check, may_probe=request.measure)
+    plan = _plan(trainer, request.training, rows)
+    if tuning is None:
+        for field in readback.TUNED_FIELDS:
+            if request.training.config.HasField(field):
+                setattr(plan.config, field, getattr(request.training.config, field))
+        return plan
+    plan.config.CopyFrom(split_config(plan.config, trainer.passes.split, longest_passes(trainer)))
+    reports.add_tuning(plan, tuning)
+    return plan
 
 
 def _measure(trainer: Any, rows: PreparedRows, plan: TrainingPlan, check: Callable[[], None]) -> None:

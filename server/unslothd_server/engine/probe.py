@@ -74,7 +74,7 @@ def measure(trainer: Any, longest_row: dict[str, Any], check: Callable[[], None]
 
 
 def _timed(trainer: Any, rows: list[dict[str, Any]], check: Callable[[], None]) -> Measured:
-    peak = _Peak()
+    peak = Peak()
     begin = time.perf_counter()
     _pass(trainer, rows, check)
     optimizer_seconds = _optimizer_step(trainer)
@@ -92,10 +92,10 @@ def _pass(trainer: Any, rows: list[dict[str, Any]], check: Callable[[], None]) -
     check()
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     learnt = int((inputs["labels"] != IGNORED_LABEL).sum()) * trainer.args.gradient_accumulation_steps
-    _wait(trainer)
+    wait_for_device(trainer)
     begin = time.perf_counter()
     trainer.one_pass(trainer.model_wrapped, inputs, learnt)
-    _wait(trainer)
+    wait_for_device(trainer)
     return time.perf_counter() - begin
 
 
@@ -109,10 +109,10 @@ def _optimizer_step(trainer: Any) -> float:
         for parameter in trainer.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
-        _wait(trainer)
+        wait_for_device(trainer)
         begin = time.perf_counter()
         optimizer.step()
-        _wait(trainer)
+        wait_for_device(trainer)
         seconds = time.perf_counter() - begin
     return seconds
 
@@ -139,14 +139,15 @@ def _free(trainer: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def _wait(trainer: Any) -> None:
+def wait_for_device(trainer: Any) -> None:
+    """Returns when everything that was launched on the trainer's device is done."""
     import torch
 
     if trainer.args.device.type == "cuda":
         torch.cuda.synchronize(trainer.args.device)
 
 
-class _Peak:
+class Peak:
     """The highest memory since it was made; on a CPU as the kernel counted it, where it lets us begin anew."""
 
     def __init__(self) -> None:
@@ -158,6 +159,7 @@ class _Peak:
             self._counted = False
 
     def bytes(self) -> int:
+        """That much."""
         import torch
 
         seen = self._memory.look()[1]

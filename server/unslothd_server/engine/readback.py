@@ -6,7 +6,7 @@ from typing import Any
 
 from unslothd.v1.model_pb2 import Model
 from unslothd.v1.training_event_pb2 import TrainingWarning
-from unslothd.v1.training_pb2 import MICRO_BATCHING_FIXED, TrainingConfig
+from unslothd.v1.training_pb2 import MICRO_BATCHING_FIXED, MICRO_BATCHING_TUNED, TrainingConfig
 from unslothd_server.engine.adapters import attached
 from unslothd_server.engine.memory import memory_bytes
 from unslothd_server.engine.model_loading import LoadedModel
@@ -15,6 +15,8 @@ from unslothd_server.engine.parameters import count_parameters
 OPTIMIZER_NAMES = {"SGD": "sgd", "RMSprop": "rmsprop", "Adagrad": "adagrad", "Adafactor": "adafactor"}
 # Not the trainer's business, or told apart by a warning of their own.
 NOT_COMPARED = ("output_dir", "micro_batching", "optim")
+# What tuning decides in place of the request.
+TUNED_FIELDS = ("batch_size", "gradient_accumulation_steps", "use_gradient_checkpointing")
 
 
 def describe_model(loaded: LoadedModel) -> Model:
@@ -130,7 +132,7 @@ def read_trainer(trainer: Any, asked: TrainingConfig) -> TrainerFacts:
         save_total_limit=asked.save_total_limit,
         early_stopping_patience=asked.early_stopping_patience,
         neftune_noise_alpha=float(args.neftune_noise_alpha or 0.0),
-        micro_batching=MICRO_BATCHING_FIXED,
+        micro_batching=asked.micro_batching or MICRO_BATCHING_FIXED,
     )
     if asked.HasField("num_train_epochs"):
         real.num_train_epochs = float(args.num_train_epochs)
@@ -165,8 +167,9 @@ def _optimizer_warning(asked: TrainingConfig, real: TrainingConfig) -> list[Trai
 
 def _config_warnings(asked: TrainingConfig, real: TrainingConfig) -> list[TrainingWarning]:
     warnings: list[TrainingWarning] = []
+    decided = TUNED_FIELDS if asked.micro_batching == MICRO_BATCHING_TUNED else ()
     for field, value in asked.ListFields():
-        if field.name in NOT_COMPARED or not real.HasField(field.name):
+        if field.name in NOT_COMPARED or field.name in decided or not real.HasField(field.name):
             continue
         have = getattr(real, field.name)
         if not math.isclose(have, value) if isinstance(value, float) else have != value:

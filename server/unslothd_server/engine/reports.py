@@ -3,8 +3,9 @@
 from typing import Any
 
 from unslothd.v1.training_event_pb2 import TrainingWarning
-from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, TrainingMetrics, TrainingPlan
+from unslothd.v1.training_pb2 import PassChoice, PassCost, TrainingConfig, TrainingMetrics, TrainingPlan
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
+from unslothd_server.engine import micro_batching
 from unslothd_server.engine.footprint import footprint
 from unslothd_server.engine.parameters import count_parameters
 from unslothd_server.engine.run_figures import RunFigures
@@ -47,15 +48,42 @@ def plan(
     )
 
 
+def add_tuning(plan: TrainingPlan, tuning: micro_batching.Tuning) -> None:
+    """Puts what tuning found into a plan."""
+    choice = tuning.choice
+    plan.passes.CopyFrom(
+        PassChoice(
+            max_tokens=choice.split.tokens,
+            joined=choice.split.joined,
+            use_gradient_checkpointing=choice.split.checkpointing,
+            step_seconds=choice.seconds,
+            tokens_per_second=choice.tokens / choice.seconds,
+            remembered=tuning.remembered,
+            probe_seconds=0.0 if tuning.remembered else tuning.probe_seconds,
+            costs=[_pass_cost(cost) for cost in tuning.costs],
+        )
+    )
+    plan.memory_estimate_bytes = tuning.held_bytes + round(choice.num_bytes)
+    plan.memory_measured = True
+    plan.step_seconds = choice.seconds
+    plan.tokens_per_second = plan.passes.tokens_per_second
+
+
+def _pass_cost(cost: micro_batching.PassCost) -> PassCost:
+    return PassCost(
+        joined=cost.joined,
+        use_gradient_checkpointing=cost.checkpointing,
+        seconds=cost.seconds,
+        seconds_per_token=cost.seconds_per_token,
+        num_bytes=round(cost.num_bytes),
+        bytes_per_token=round(cost.bytes_per_token),
+    )
+
+
 def useless_settings(request: StartTrainingRequest) -> list[TrainingWarning]:
     """Warnings for settings that can have no effect in this request."""
     config, has_eval = request.config, request.HasField("eval_dataset")
     texts: list[str] = []
-    if config.micro_batching == MICRO_BATCHING_TUNED:
-        texts.append(
-            "micro_batching TUNED was asked for, but this version splits the step as batch_size and "
-            "gradient_accumulation_steps say."
-        )
     if config.eval_steps and not has_eval:
         texts.append("eval_steps has no effect without an eval dataset.")
     elif config.early_stopping_patience and not (has_eval and config.eval_steps):

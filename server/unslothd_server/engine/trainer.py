@@ -18,6 +18,8 @@ from unslothd_server.engine.untouched import random_state_kept
 from unslothd_server.errors import ExhaustedError
 
 DEFAULT_MAX_STEPS = 100
+# A tuned optimizer step may be too large to evaluate at once.
+MAX_EVAL_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def build_trainer(
     hooks: TrainerHooks,
     evaluate_first: bool,
     split: PassSplit,
+    tuned: bool = False,
 ) -> Any:
     """Builds a trainer; nothing runs yet.
 
@@ -67,16 +70,15 @@ def build_trainer(
         hooks: What it calls.
         evaluate_first: Evaluate before the first step; means nothing without eval_rows.
         split: How passes have to be cut to fit in memory, as far as is known.
+        tuned: The trainer's passes get whole optimizer steps, which `pass_tuning` splits.
     """
     from trl import SFTTrainer
-    from unsloth import FastLanguageModel
 
+    config = _whole_steps(config, split) if tuned else config
     checkpointing = split.checkpointing or _get(config, "use_gradient_checkpointing", True)
     # Generation may have left the model in inference mode.
-    FastLanguageModel.for_training(loaded.model, use_gradient_checkpointing=checkpointing)
-    if not checkpointing:
-        _disable_checkpointing(loaded.model)
-    arguments = _arguments(loaded, config, output_dir, has_eval=eval_rows is not None)
+    set_checkpointing(loaded.model, on=checkpointing)
+    arguments = _arguments(loaded, config, output_dir, has_eval=eval_rows is not None, tuned=tuned)
     arguments.eval_on_start = evaluate_first and eval_rows is not None
     trainer = _trainer_class(SFTTrainer, clock, hooks)(
         model=loaded.model,
@@ -89,7 +91,7 @@ def build_trainer(
     trainer.passes = StepPasses(
         batch_size=arguments.per_device_train_batch_size,
         uses_checkpointing=lambda: uses_checkpointing(loaded.model),
-        use_checkpointing=lambda: FastLanguageModel.for_training(loaded.model, use_gradient_checkpointing=True),
+        use_checkpointing=lambda: set_checkpointing(loaded.model, on=True),
         zero_gradients=lambda: loaded.model.zero_grad(set_to_none=True),
         repaired=hooks.repaired,
         split=split,
@@ -97,7 +99,7 @@ def build_trainer(
     return trainer
 
 
-def _arguments(loaded: LoadedModel, config: TrainingConfig, output_dir: Path, *, has_eval: bool) -> Any:
+def _arguments(loaded: LoadedModel, config: TrainingConfig, output_dir: Path, *, has_eval: bool, tuned: bool) -> Any:
     from trl import SFTConfig
 
     batch_size = _get(config, "batch_size", 2)
@@ -110,7 +112,7 @@ def _arguments(loaded: LoadedModel, config: TrainingConfig, output_dir: Path, *,
         output_dir=str(output_dir),
         learning_rate=learning_rate,
         per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
+        per_device_eval_batch_size=min(batch_size, MAX_EVAL_BATCH_SIZE) if tuned else batch_size,
         gradient_accumulation_steps=_get(config, "gradient_accumulation_steps", 4),
         warmup_steps=_get(config, "warmup_steps", 10),
         **_duration(config),
@@ -166,10 +168,30 @@ def _precision(config: TrainingConfig, loaded: LoadedModel) -> dict[str, bool]:
     return {"fp16": half, "bf16": not half}
 
 
-def _disable_checkpointing(model: Any) -> None:
-    for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
+def set_checkpointing(model: Any, *, on: bool) -> None:
+    """Puts a model into training mode, with its activations recomputed in the backward pass or kept."""
+    from unsloth import FastLanguageModel
+
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=on)
+    if not on:
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+
+
+def _whole_steps(config: TrainingConfig, split: PassSplit) -> TrainingConfig:
+    """The same optimizer steps with one pass each; without checkpointing, unless that is known to be needed."""
+    whole = TrainingConfig()
+    whole.CopyFrom(config)
+    whole.batch_size = sequences_of_step(config)
+    whole.gradient_accumulation_steps = 1
+    whole.use_gradient_checkpointing = split.checkpointing
+    return whole
+
+
+def sequences_of_step(config: TrainingConfig) -> int:
+    """Sequences of an optimizer step."""
+    return _get(config, "batch_size", 2) * _get(config, "gradient_accumulation_steps", 4)
 
 
 def _trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks) -> Any:

@@ -17,13 +17,14 @@ from unslothd.v1.training_event_pb2 import (
     TrainingSucceeded,
     TrainingWarning,
 )
-from unslothd.v1.training_pb2 import TrainingConfig, TrainingMetrics
+from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, TrainingMetrics
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.engine import checkpoints, environment, honesty, readback, reports
+from unslothd_server.engine import checkpoints, environment, honesty, pass_tuning, readback, reports
 from unslothd_server.engine.callbacks import Emit, EventCallback
 from unslothd_server.engine.durable_files import sync_folder
 from unslothd_server.engine.evaluation import EarlyStopping
 from unslothd_server.engine.memory import PeakMemory
+from unslothd_server.engine.micro_batching import Tuning
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.oom import exhausted
 from unslothd_server.engine.passes import PassSplit, split_config
@@ -170,6 +171,7 @@ class TrainingRun:
             ),
             evaluate_first=self._evaluates_first(),
             split=self._figures.split,
+            tuned=config.micro_batching == MICRO_BATCHING_TUNED,
         )
 
     def _evaluates_first(self) -> bool:
@@ -185,7 +187,7 @@ class TrainingRun:
     def _repaired(self, split: PassSplit, error: ExhaustedError) -> None:
         """A pass did not fit: says what was changed. The optimizer step under way is done again from its first pass."""
         self._repairs += 1
-        self._real_config = split_config(self._configured, split)
+        self._real_config = self._split_config(split)
         recovery = Recovery(
             cause=to_status(error),
             resume_step=int(self._trainer.state.global_step),
@@ -210,9 +212,10 @@ class TrainingRun:
         interval = self._figures.interval
         trainer.go_on_from_interval(interval.step, interval.loss_sum)
         self._weights_before = honesty.weights_checksum(trainer.model)
+        tuning = self._tune()
         facts = readback.read_trainer(trainer, self._request.config)
         self._configured = facts.config
-        self._real_config = split_config(facts.config, self._figures.split)
+        self._real_config = self._split_config(self._figures.split)
         warnings = [
             *self._resume_warnings(),
             *rows.warnings,
@@ -220,10 +223,13 @@ class TrainingRun:
             *reports.useless_settings(self._request),
             *honesty.learning_rate_warnings(trainer),
         ]
+        plan = reports.plan(trainer, rows.train, rows.evaluation, self._real_config, warnings)
+        if tuning is not None:
+            reports.add_tuning(plan, tuning)
         self._emit(
             TrainingEvent(
                 started=TrainingStarted(
-                    plan=reports.plan(trainer, rows.train, rows.evaluation, self._real_config, warnings),
+                    plan=plan,
                     engine=environment.engine_name(),
                     device=readback.device_title(self._loaded.model),
                     resumed=self._resume is not None,
@@ -236,6 +242,23 @@ class TrainingRun:
             self._warn(warning)
         self._check_stop()
         self._loaded.trained_by.append(self._request.training_id)
+
+    def _tune(self) -> Tuning | None:
+        """Chooses how steps are split, where the config leaves that open; a resumed training goes on as it was."""
+        if self._request.config.micro_batching != MICRO_BATCHING_TUNED:
+            return None
+        trainer, split = self._trainer, self._figures.split
+        if split.tokens:
+            pass_tuning.go_on(trainer)
+        if split.tokens or split.parts > 1:
+            return None
+        tuning = pass_tuning.tune(trainer, self._loaded, self._check_stop)
+        # What the probe took is not the training's peak.
+        self._figures.memory = PeakMemory()
+        return tuning
+
+    def _split_config(self, split: PassSplit) -> TrainingConfig:
+        return split_config(self._configured, split, pass_tuning.longest_passes(self._trainer))
 
     def _resume_warnings(self) -> list[TrainingWarning]:
         message = self._resume.warning if self._resume else None

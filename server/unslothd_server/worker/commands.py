@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from unslothd_server.worker.faults import end_if_device_is_lost
+
 T = TypeVar("T")
 
 
@@ -22,10 +24,15 @@ class Command(Generic[T]):
         self._items: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()
 
     def execute(self) -> None:
-        """Runs the work; what it raises is raised by `items`. For the main thread."""
+        """Runs the work; what it raises is raised by `items`. For the main thread.
+
+        Raises:
+            DeviceLostError: The process has to end.
+        """
         try:
             self._work(lambda item: self._items.put((item,)))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it belongs to the thread that posted the command
+            end_if_device_is_lost(error)
             self._items.put(error)
         else:
             self._items.put(None)
@@ -48,7 +55,7 @@ class CommandQueue:
         self._waiting: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
     def post(self, command: Callable[[], None]) -> None:
-        """Adds a command; it must not raise."""
+        """Adds a command; what it raises ends the worker."""
         self._waiting.put(command)
 
     def run_forever(self) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of an exception in a worker: an error that a caller may see, and a traceback in the log."""
+"""What becomes of an exception in a worker: an error for the caller and a traceback in the log, or the worker's end."""
 
 import logging
 from collections.abc import Generator
@@ -12,6 +12,23 @@ from unslothd_server.errors import UnexpectedError, UnslothdError
 from unslothd_server.status import to_status
 
 _log = logging.getLogger(__name__)
+
+
+class DeviceLostError(BaseException):
+    """The GPU's context is broken: every further call in this process fails, so only another process can go on.
+
+    Not an Exception, so that no boundary takes it for the failure of one command.
+    """
+
+
+def end_if_device_is_lost(error: BaseException) -> None:
+    """Raises DeviceLostError for what CUDA says once its context is broken: an illegal access, an assert, an ECC error.
+
+    Running out of memory breaks nothing.
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError) and "CUDA error" in text and "out of memory" not in text:
+        raise DeviceLostError(f"the GPU's context is lost: {text.splitlines()[0]}") from error
 
 
 def as_unslothd_error(error: BaseException, doing: str) -> UnslothdError:

@@ -19,7 +19,7 @@ from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
 from unslothd_server.errors import OutOfRangeError, UnslothdError
 from unslothd_server.event_log import EVENT_LOG_NAME, EventLogReader, EventLogWriter
 from unslothd_server.status import to_status
-from unslothd_server.worker.faults import as_unslothd_error
+from unslothd_server.worker.faults import as_unslothd_error, end_if_device_is_lost
 from unslothd_server.worker.ports import Engine, StopSignal, TrainingPaused
 
 _log = logging.getLogger(__name__)
@@ -62,11 +62,16 @@ class TrainingRun:
         return self._last_sequence
 
     def execute(self, engine: Engine) -> None:
-        """Runs the training to its last event. Raises nothing. For the main thread."""
+        """Runs the training to its last event. For the main thread.
+
+        Raises:
+            DeviceLostError: The process has to end; the training goes on in another one.
+        """
         self.stop.beat()  # it may have waited for the main thread
         try:
             last = self._outcome(engine)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary: the error becomes the last event
+            end_if_device_is_lost(error)
             failure = as_unslothd_error(error, f"training {self.request.training_id}")
             last = TrainingEvent(failed=TrainingFailed(error=to_status(failure)))
         with self._changed:  # whoever sees the last event finds the worker ready for the next training

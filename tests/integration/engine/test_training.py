@@ -8,7 +8,7 @@ import pytest
 
 from support.engine_runs import Loaded, LoadTiny, Row, Run
 from unslothd.v1.training_event_pb2 import TrainingSucceeded
-from unslothd.v1.training_pb2 import MICRO_BATCHING_FIXED, MICRO_BATCHING_TUNED, TrainingConfig
+from unslothd.v1.training_pb2 import MICRO_BATCHING_FIXED, TrainingConfig
 from unslothd_server.errors import DatasetError
 
 
@@ -214,14 +214,13 @@ def test_what_the_trainer_does_otherwise_than_asked_is_a_warning_each(prepared: 
         optim="paged_adamw_8bit",
         packing=True,
         fp16=True,
-        micro_batching=MICRO_BATCHING_TUNED,
     )
     run = prepared.train(texts, config)
     real = run.plan.config
     assert (real.optim, real.packing, real.fp16) == ("adamw_torch_fused", False, False)
     assert real.micro_batching == MICRO_BATCHING_FIXED
     assert "paged_adamw_8bit" in run.warnings["OPTIMIZER_REPLACED"][0]
-    assert [message.split()[0] for message in run.warnings["CONFIG_DIFFERS"]] == ["fp16", "packing", "micro_batching"]
+    assert [message.split()[0] for message in run.warnings["CONFIG_DIFFERS"]] == ["fp16", "packing"]
     assert list(run.plan.warnings) == [warning.message for warning in run.of("warning")]
 
 

@@ -14,6 +14,7 @@ from unslothd.v1.training_pb2 import Checkpoint, Training
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
 from unslothd_server.errors import ExhaustedError, OutOfRangeError
 from unslothd_server.event_log import EventLogReader, EventLogWriter
+from unslothd_server.worker.faults import DeviceLostError
 from unslothd_server.worker.ports import StopSignal
 from unslothd_server.worker.training_run import TrainingRun
 
@@ -195,3 +196,24 @@ def test_when_the_end_cannot_be_written_watchers_get_the_reason_after_the_events
 
 def _no_space(_file: int, _data: object) -> int:
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("text", ["CUDA error: device-side assert triggered", "CUDA error: uncorrectable ECC error"])
+def test_a_broken_gpu_context_ends_the_worker_and_leaves_the_training_open(tmp_path: Path, text: str):
+    def broken(emit: Emit, stop: StopSignal) -> TrainingSucceeded:
+        emit(TrainingEvent(step=StepProgress(step=1)))
+        raise RuntimeError(f"{text}\nCompile with TORCH_USE_CUDA_DSA")
+
+    with pytest.raises(DeviceLostError, match=f"context is lost: {text}$"):
+        make_run(tmp_path).execute(Engine(broken))
+
+    assert kinds(tmp_path) == ["state_changed", "step"]
+
+
+def test_a_full_gpu_ends_the_training_and_not_the_worker(tmp_path: Path):
+    def full(emit: Emit, stop: StopSignal) -> TrainingSucceeded:
+        raise RuntimeError("CUDA error: out of memory")
+
+    make_run(tmp_path).execute(Engine(full))
+
+    assert kinds(tmp_path)[-1] == "failed"

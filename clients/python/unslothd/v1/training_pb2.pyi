@@ -29,11 +29,13 @@ class _MicroBatching:
 class _MicroBatchingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MicroBatching.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     MICRO_BATCHING_UNSPECIFIED: _MicroBatching.ValueType  # 0
-    """TUNED when the request sets neither batch_size nor use_gradient_checkpointing, else FIXED."""
+    """On a GPU TUNED when neither batch_size nor use_gradient_checkpointing is set, else FIXED."""
     MICRO_BATCHING_FIXED: _MicroBatching.ValueType  # 1
     """batch_size and use_gradient_checkpointing exactly as given."""
     MICRO_BATCHING_TUNED: _MicroBatching.ValueType  # 2
-    """The fastest split that fits in memory, found by a short probe and reported before the first step."""
+    """The fastest split of batch_size x gradient_accumulation_steps sequences that fits in memory, found by a short probe
+    or remembered from one, and reported before the first step in TrainingPlan.passes.
+    """
 
 class MicroBatching(_MicroBatching, metaclass=_MicroBatchingEnumTypeWrapper):
     """How the sequences of an optimizer step are split over passes. The optimizer step is the same for every choice;
@@ -41,11 +43,13 @@ class MicroBatching(_MicroBatching, metaclass=_MicroBatchingEnumTypeWrapper):
     """
 
 MICRO_BATCHING_UNSPECIFIED: MicroBatching.ValueType  # 0
-"""TUNED when the request sets neither batch_size nor use_gradient_checkpointing, else FIXED."""
+"""On a GPU TUNED when neither batch_size nor use_gradient_checkpointing is set, else FIXED."""
 MICRO_BATCHING_FIXED: MicroBatching.ValueType  # 1
 """batch_size and use_gradient_checkpointing exactly as given."""
 MICRO_BATCHING_TUNED: MicroBatching.ValueType  # 2
-"""The fastest split that fits in memory, found by a short probe and reported before the first step."""
+"""The fastest split of batch_size x gradient_accumulation_steps sequences that fits in memory, found by a short probe
+or remembered from one, and reported before the first step in TrainingPlan.passes.
+"""
 Global___MicroBatching: _TypeAlias = MicroBatching  # noqa: Y015
 
 @_typing.final
@@ -574,6 +578,7 @@ class TrainingPlan(_message.Message):
     MEAN_ROW_TOKENS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    PASSES_FIELD_NUMBER: _builtins.int
     num_rows: _builtins.int
     """Rows that are trained on, after dropped ones."""
     num_tokens: _builtins.int
@@ -603,7 +608,7 @@ class TrainingPlan(_message.Message):
     tokens_per_second: _builtins.float
     """Tokens a second of a step of the longest rows, padding not counted; unset unless measured."""
     step_seconds: _builtins.float
-    """Seconds of such an optimizer step; unset unless measured."""
+    """Seconds of such an optimizer step; unset unless measured. With `passes` both are of a step of typical rows."""
     @_builtins.property
     def config(self) -> Global___TrainingConfig:
         """Resolved; in the started event read back from the trainer."""
@@ -619,6 +624,12 @@ class TrainingPlan(_message.Message):
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the engine noticed, one sentence each."""
+
+    @_builtins.property
+    def passes(self) -> Global___PassChoice:
+        """With MICRO_BATCHING_TUNED: the passes that were chosen, and why; `config` says the same as far as it can. Unset in a
+        plan that nobody measured yet, where `config` has the batch_size and gradient_accumulation_steps that were asked for.
+        """
 
     def __init__(
         self,
@@ -642,10 +653,11 @@ class TrainingPlan(_message.Message):
         mean_row_tokens: _builtins.float = ...,
         tokens_per_second: _builtins.float | None = ...,
         step_seconds: _builtins.float | None = ...,
+        passes: Global___PassChoice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "config", b"config", "row_format", b"row_format", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "config", b"config", "passes", b"passes", "row_format", b"row_format", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "config", b"config", "dropped_rows", b"dropped_rows", "longest_row_tokens", b"longest_row_tokens", "loss_tokens", b"loss_tokens", "mean_row_tokens", b"mean_row_tokens", "memory_estimate_bytes", b"memory_estimate_bytes", "memory_free_bytes", b"memory_free_bytes", "memory_measured", b"memory_measured", "num_eval_rows", b"num_eval_rows", "num_rows", b"num_rows", "num_tokens", b"num_tokens", "preview", b"preview", "row_format", b"row_format", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trainable_params", b"trainable_params", "truncated_rows", b"truncated_rows", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "config", b"config", "dropped_rows", b"dropped_rows", "longest_row_tokens", b"longest_row_tokens", "loss_tokens", b"loss_tokens", "mean_row_tokens", b"mean_row_tokens", "memory_estimate_bytes", b"memory_estimate_bytes", "memory_free_bytes", b"memory_free_bytes", "memory_measured", b"memory_measured", "num_eval_rows", b"num_eval_rows", "num_rows", b"num_rows", "num_tokens", b"num_tokens", "passes", b"passes", "preview", b"preview", "row_format", b"row_format", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trainable_params", b"trainable_params", "truncated_rows", b"truncated_rows", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__step_seconds: _TypeAlias = _typing.Literal["step_seconds"]  # noqa: Y015
     _WhichOneofArgType__step_seconds: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds"]  # noqa: Y015
@@ -657,6 +669,100 @@ class TrainingPlan(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_second) -> _WhichOneofReturnType__tokens_per_second | None: ...
 
 Global___TrainingPlan: _TypeAlias = TrainingPlan  # noqa: Y015
+
+@_typing.final
+class PassChoice(_message.Message):
+    """How the sequences of each optimizer step are split over passes. Which sequences a step has does not depend on it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    JOINED_FIELD_NUMBER: _builtins.int
+    USE_GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    REMEMBERED_FIELD_NUMBER: _builtins.int
+    PROBE_SECONDS_FIELD_NUMBER: _builtins.int
+    COSTS_FIELD_NUMBER: _builtins.int
+    max_tokens: _builtins.int
+    """Most tokens of a pass, padding counted; a longer sequence has a pass of its own."""
+    joined: _builtins.bool
+    """True: sequences are joined without padding. False: those of about equal length are padded together."""
+    use_gradient_checkpointing: _builtins.bool
+    """Activations are recomputed in the backward pass."""
+    step_seconds: _builtins.float
+    """Expected seconds of an optimizer step of typical rows."""
+    tokens_per_second: _builtins.float
+    """Expected tokens a second, padding not counted."""
+    remembered: _builtins.bool
+    """True when an earlier training of this model, adapter, length and device had measured the costs."""
+    probe_seconds: _builtins.float
+    """Seconds that measuring took."""
+    @_builtins.property
+    def costs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PassCost]:
+        """Every kind of pass that was measured."""
+
+    def __init__(
+        self,
+        *,
+        max_tokens: _builtins.int = ...,
+        joined: _builtins.bool = ...,
+        use_gradient_checkpointing: _builtins.bool = ...,
+        step_seconds: _builtins.float = ...,
+        tokens_per_second: _builtins.float = ...,
+        remembered: _builtins.bool = ...,
+        probe_seconds: _builtins.float = ...,
+        costs: _abc.Iterable[Global___PassCost] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "joined", b"joined", "max_tokens", b"max_tokens", "probe_seconds", b"probe_seconds", "remembered", b"remembered", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "use_gradient_checkpointing", b"use_gradient_checkpointing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PassChoice: _TypeAlias = PassChoice  # noqa: Y015
+
+@_typing.final
+class PassCost(_message.Message):
+    """What passes of one kind cost, as straight lines over their tokens, padding counted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOINED_FIELD_NUMBER: _builtins.int
+    USE_GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    joined: _builtins.bool
+    """As in PassChoice."""
+    use_gradient_checkpointing: _builtins.bool
+    """As in PassChoice."""
+    seconds: _builtins.float
+    """Seconds of a pass, whatever its size: launches."""
+    seconds_per_token: _builtins.float
+    """What each token adds."""
+    num_bytes: _builtins.int
+    """Memory beyond what is held between passes, whatever the size, in bytes."""
+    bytes_per_token: _builtins.int
+    """What each token adds."""
+    def __init__(
+        self,
+        *,
+        joined: _builtins.bool = ...,
+        use_gradient_checkpointing: _builtins.bool = ...,
+        seconds: _builtins.float = ...,
+        seconds_per_token: _builtins.float = ...,
+        num_bytes: _builtins.int = ...,
+        bytes_per_token: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_token", b"bytes_per_token", "joined", b"joined", "num_bytes", b"num_bytes", "seconds", b"seconds", "seconds_per_token", b"seconds_per_token", "use_gradient_checkpointing", b"use_gradient_checkpointing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PassCost: _TypeAlias = PassCost  # noqa: Y015
 
 @_typing.final
 class RenderedRow(_message.Message):

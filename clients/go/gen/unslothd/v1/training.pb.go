@@ -30,11 +30,12 @@ const (
 type MicroBatching int32
 
 const (
-	// TUNED when the request sets neither batch_size nor use_gradient_checkpointing, else FIXED.
+	// On a GPU TUNED when neither batch_size nor use_gradient_checkpointing is set, else FIXED.
 	MicroBatching_MICRO_BATCHING_UNSPECIFIED MicroBatching = 0
 	// batch_size and use_gradient_checkpointing exactly as given.
 	MicroBatching_MICRO_BATCHING_FIXED MicroBatching = 1
-	// The fastest split that fits in memory, found by a short probe and reported before the first step.
+	// The fastest split of batch_size x gradient_accumulation_steps sequences that fits in memory, found by a short probe
+	// or remembered from one, and reported before the first step in TrainingPlan.passes.
 	MicroBatching_MICRO_BATCHING_TUNED MicroBatching = 2
 )
 
@@ -867,8 +868,11 @@ type TrainingPlan struct {
 	MeanRowTokens float64 `protobuf:"fixed64,17,opt,name=mean_row_tokens,json=meanRowTokens,proto3" json:"mean_row_tokens,omitempty"`
 	// Tokens a second of a step of the longest rows, padding not counted; unset unless measured.
 	TokensPerSecond *float64 `protobuf:"fixed64,18,opt,name=tokens_per_second,json=tokensPerSecond,proto3,oneof" json:"tokens_per_second,omitempty"`
-	// Seconds of such an optimizer step; unset unless measured.
-	StepSeconds   *float64 `protobuf:"fixed64,19,opt,name=step_seconds,json=stepSeconds,proto3,oneof" json:"step_seconds,omitempty"`
+	// Seconds of such an optimizer step; unset unless measured. With `passes` both are of a step of typical rows.
+	StepSeconds *float64 `protobuf:"fixed64,19,opt,name=step_seconds,json=stepSeconds,proto3,oneof" json:"step_seconds,omitempty"`
+	// With MICRO_BATCHING_TUNED: the passes that were chosen, and why; `config` says the same as far as it can. Unset in a
+	// plan that nobody measured yet, where `config` has the batch_size and gradient_accumulation_steps that were asked for.
+	Passes        *PassChoice `protobuf:"bytes,20,opt,name=passes,proto3" json:"passes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1036,6 +1040,213 @@ func (x *TrainingPlan) GetStepSeconds() float64 {
 	return 0
 }
 
+func (x *TrainingPlan) GetPasses() *PassChoice {
+	if x != nil {
+		return x.Passes
+	}
+	return nil
+}
+
+// How the sequences of each optimizer step are split over passes. Which sequences a step has does not depend on it.
+type PassChoice struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Most tokens of a pass, padding counted; a longer sequence has a pass of its own.
+	MaxTokens int64 `protobuf:"varint,1,opt,name=max_tokens,json=maxTokens,proto3" json:"max_tokens,omitempty"`
+	// True: sequences are joined without padding. False: those of about equal length are padded together.
+	Joined bool `protobuf:"varint,2,opt,name=joined,proto3" json:"joined,omitempty"`
+	// Activations are recomputed in the backward pass.
+	UseGradientCheckpointing bool `protobuf:"varint,3,opt,name=use_gradient_checkpointing,json=useGradientCheckpointing,proto3" json:"use_gradient_checkpointing,omitempty"`
+	// Expected seconds of an optimizer step of typical rows.
+	StepSeconds float64 `protobuf:"fixed64,4,opt,name=step_seconds,json=stepSeconds,proto3" json:"step_seconds,omitempty"`
+	// Expected tokens a second, padding not counted.
+	TokensPerSecond float64 `protobuf:"fixed64,5,opt,name=tokens_per_second,json=tokensPerSecond,proto3" json:"tokens_per_second,omitempty"`
+	// True when an earlier training of this model, adapter, length and device had measured the costs.
+	Remembered bool `protobuf:"varint,6,opt,name=remembered,proto3" json:"remembered,omitempty"`
+	// Seconds that measuring took.
+	ProbeSeconds float64 `protobuf:"fixed64,7,opt,name=probe_seconds,json=probeSeconds,proto3" json:"probe_seconds,omitempty"`
+	// Every kind of pass that was measured.
+	Costs         []*PassCost `protobuf:"bytes,8,rep,name=costs,proto3" json:"costs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PassChoice) Reset() {
+	*x = PassChoice{}
+	mi := &file_unslothd_v1_training_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PassChoice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PassChoice) ProtoMessage() {}
+
+func (x *PassChoice) ProtoReflect() protoreflect.Message {
+	mi := &file_unslothd_v1_training_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PassChoice.ProtoReflect.Descriptor instead.
+func (*PassChoice) Descriptor() ([]byte, []int) {
+	return file_unslothd_v1_training_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *PassChoice) GetMaxTokens() int64 {
+	if x != nil {
+		return x.MaxTokens
+	}
+	return 0
+}
+
+func (x *PassChoice) GetJoined() bool {
+	if x != nil {
+		return x.Joined
+	}
+	return false
+}
+
+func (x *PassChoice) GetUseGradientCheckpointing() bool {
+	if x != nil {
+		return x.UseGradientCheckpointing
+	}
+	return false
+}
+
+func (x *PassChoice) GetStepSeconds() float64 {
+	if x != nil {
+		return x.StepSeconds
+	}
+	return 0
+}
+
+func (x *PassChoice) GetTokensPerSecond() float64 {
+	if x != nil {
+		return x.TokensPerSecond
+	}
+	return 0
+}
+
+func (x *PassChoice) GetRemembered() bool {
+	if x != nil {
+		return x.Remembered
+	}
+	return false
+}
+
+func (x *PassChoice) GetProbeSeconds() float64 {
+	if x != nil {
+		return x.ProbeSeconds
+	}
+	return 0
+}
+
+func (x *PassChoice) GetCosts() []*PassCost {
+	if x != nil {
+		return x.Costs
+	}
+	return nil
+}
+
+// What passes of one kind cost, as straight lines over their tokens, padding counted.
+type PassCost struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in PassChoice.
+	Joined bool `protobuf:"varint,1,opt,name=joined,proto3" json:"joined,omitempty"`
+	// As in PassChoice.
+	UseGradientCheckpointing bool `protobuf:"varint,2,opt,name=use_gradient_checkpointing,json=useGradientCheckpointing,proto3" json:"use_gradient_checkpointing,omitempty"`
+	// Seconds of a pass, whatever its size: launches.
+	Seconds float64 `protobuf:"fixed64,3,opt,name=seconds,proto3" json:"seconds,omitempty"`
+	// What each token adds.
+	SecondsPerToken float64 `protobuf:"fixed64,4,opt,name=seconds_per_token,json=secondsPerToken,proto3" json:"seconds_per_token,omitempty"`
+	// Memory beyond what is held between passes, whatever the size, in bytes.
+	NumBytes int64 `protobuf:"varint,5,opt,name=num_bytes,json=numBytes,proto3" json:"num_bytes,omitempty"`
+	// What each token adds.
+	BytesPerToken int64 `protobuf:"varint,6,opt,name=bytes_per_token,json=bytesPerToken,proto3" json:"bytes_per_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PassCost) Reset() {
+	*x = PassCost{}
+	mi := &file_unslothd_v1_training_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PassCost) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PassCost) ProtoMessage() {}
+
+func (x *PassCost) ProtoReflect() protoreflect.Message {
+	mi := &file_unslothd_v1_training_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PassCost.ProtoReflect.Descriptor instead.
+func (*PassCost) Descriptor() ([]byte, []int) {
+	return file_unslothd_v1_training_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *PassCost) GetJoined() bool {
+	if x != nil {
+		return x.Joined
+	}
+	return false
+}
+
+func (x *PassCost) GetUseGradientCheckpointing() bool {
+	if x != nil {
+		return x.UseGradientCheckpointing
+	}
+	return false
+}
+
+func (x *PassCost) GetSeconds() float64 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
+func (x *PassCost) GetSecondsPerToken() float64 {
+	if x != nil {
+		return x.SecondsPerToken
+	}
+	return 0
+}
+
+func (x *PassCost) GetNumBytes() int64 {
+	if x != nil {
+		return x.NumBytes
+	}
+	return 0
+}
+
+func (x *PassCost) GetBytesPerToken() int64 {
+	if x != nil {
+		return x.BytesPerToken
+	}
+	return 0
+}
+
 // One row as the model sees it.
 type RenderedRow struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1053,7 +1264,7 @@ type RenderedRow struct {
 
 func (x *RenderedRow) Reset() {
 	*x = RenderedRow{}
-	mi := &file_unslothd_v1_training_proto_msgTypes[5]
+	mi := &file_unslothd_v1_training_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1065,7 +1276,7 @@ func (x *RenderedRow) String() string {
 func (*RenderedRow) ProtoMessage() {}
 
 func (x *RenderedRow) ProtoReflect() protoreflect.Message {
-	mi := &file_unslothd_v1_training_proto_msgTypes[5]
+	mi := &file_unslothd_v1_training_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1078,7 +1289,7 @@ func (x *RenderedRow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenderedRow.ProtoReflect.Descriptor instead.
 func (*RenderedRow) Descriptor() ([]byte, []int) {
-	return file_unslothd_v1_training_proto_rawDescGZIP(), []int{5}
+	return file_unslothd_v1_training_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RenderedRow) GetText() string {
@@ -1235,7 +1446,7 @@ const file_unslothd_v1_training_proto_rawDesc = "" +
 	"\vcreate_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTimeB\f\n" +
 	"\n" +
-	"_eval_loss\"\xbe\x06\n" +
+	"_eval_loss\"\xef\x06\n" +
 	"\fTrainingPlan\x123\n" +
 	"\x06config\x18\x01 \x01(\v2\x1b.unslothd.v1.TrainingConfigR\x06config\x125\n" +
 	"\n" +
@@ -1260,9 +1471,30 @@ const file_unslothd_v1_training_proto_rawDesc = "" +
 	"\rnum_eval_rows\x18\x10 \x01(\x03R\vnumEvalRows\x12&\n" +
 	"\x0fmean_row_tokens\x18\x11 \x01(\x01R\rmeanRowTokens\x12/\n" +
 	"\x11tokens_per_second\x18\x12 \x01(\x01H\x00R\x0ftokensPerSecond\x88\x01\x01\x12&\n" +
-	"\fstep_seconds\x18\x13 \x01(\x01H\x01R\vstepSeconds\x88\x01\x01B\x14\n" +
+	"\fstep_seconds\x18\x13 \x01(\x01H\x01R\vstepSeconds\x88\x01\x01\x12/\n" +
+	"\x06passes\x18\x14 \x01(\v2\x17.unslothd.v1.PassChoiceR\x06passesB\x14\n" +
 	"\x12_tokens_per_secondB\x0f\n" +
-	"\r_step_seconds\"}\n" +
+	"\r_step_seconds\"\xc2\x02\n" +
+	"\n" +
+	"PassChoice\x12\x1d\n" +
+	"\n" +
+	"max_tokens\x18\x01 \x01(\x03R\tmaxTokens\x12\x16\n" +
+	"\x06joined\x18\x02 \x01(\bR\x06joined\x12<\n" +
+	"\x1ause_gradient_checkpointing\x18\x03 \x01(\bR\x18useGradientCheckpointing\x12!\n" +
+	"\fstep_seconds\x18\x04 \x01(\x01R\vstepSeconds\x12*\n" +
+	"\x11tokens_per_second\x18\x05 \x01(\x01R\x0ftokensPerSecond\x12\x1e\n" +
+	"\n" +
+	"remembered\x18\x06 \x01(\bR\n" +
+	"remembered\x12#\n" +
+	"\rprobe_seconds\x18\a \x01(\x01R\fprobeSeconds\x12+\n" +
+	"\x05costs\x18\b \x03(\v2\x15.unslothd.v1.PassCostR\x05costs\"\xeb\x01\n" +
+	"\bPassCost\x12\x16\n" +
+	"\x06joined\x18\x01 \x01(\bR\x06joined\x12<\n" +
+	"\x1ause_gradient_checkpointing\x18\x02 \x01(\bR\x18useGradientCheckpointing\x12\x18\n" +
+	"\aseconds\x18\x03 \x01(\x01R\aseconds\x12*\n" +
+	"\x11seconds_per_token\x18\x04 \x01(\x01R\x0fsecondsPerToken\x12\x1b\n" +
+	"\tnum_bytes\x18\x05 \x01(\x03R\bnumBytes\x12&\n" +
+	"\x0fbytes_per_token\x18\x06 \x01(\x03R\rbytesPerToken\"}\n" +
 	"\vRenderedRow\x12\x12\n" +
 	"\x04text\x18\x01 \x01(\tR\x04text\x12\x1d\n" +
 	"\n" +
@@ -1289,7 +1521,7 @@ func file_unslothd_v1_training_proto_rawDescGZIP() []byte {
 }
 
 var file_unslothd_v1_training_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_unslothd_v1_training_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_unslothd_v1_training_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_unslothd_v1_training_proto_goTypes = []any{
 	(MicroBatching)(0),            // 0: unslothd.v1.MicroBatching
 	(Training_State)(0),           // 1: unslothd.v1.Training.State
@@ -1298,36 +1530,40 @@ var file_unslothd_v1_training_proto_goTypes = []any{
 	(*TrainingMetrics)(nil),       // 4: unslothd.v1.TrainingMetrics
 	(*Checkpoint)(nil),            // 5: unslothd.v1.Checkpoint
 	(*TrainingPlan)(nil),          // 6: unslothd.v1.TrainingPlan
-	(*RenderedRow)(nil),           // 7: unslothd.v1.RenderedRow
-	nil,                           // 8: unslothd.v1.Training.LabelsEntry
-	(*DatasetSource)(nil),         // 9: unslothd.v1.DatasetSource
-	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
-	(*status.Status)(nil),         // 11: google.rpc.Status
-	(*RowFormat)(nil),             // 12: unslothd.v1.RowFormat
+	(*PassChoice)(nil),            // 7: unslothd.v1.PassChoice
+	(*PassCost)(nil),              // 8: unslothd.v1.PassCost
+	(*RenderedRow)(nil),           // 9: unslothd.v1.RenderedRow
+	nil,                           // 10: unslothd.v1.Training.LabelsEntry
+	(*DatasetSource)(nil),         // 11: unslothd.v1.DatasetSource
+	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
+	(*status.Status)(nil),         // 13: google.rpc.Status
+	(*RowFormat)(nil),             // 14: unslothd.v1.RowFormat
 }
 var file_unslothd_v1_training_proto_depIdxs = []int32{
 	0,  // 0: unslothd.v1.TrainingConfig.micro_batching:type_name -> unslothd.v1.MicroBatching
 	1,  // 1: unslothd.v1.Training.state:type_name -> unslothd.v1.Training.State
 	2,  // 2: unslothd.v1.Training.config:type_name -> unslothd.v1.TrainingConfig
-	9,  // 3: unslothd.v1.Training.train_dataset:type_name -> unslothd.v1.DatasetSource
-	9,  // 4: unslothd.v1.Training.eval_dataset:type_name -> unslothd.v1.DatasetSource
-	10, // 5: unslothd.v1.Training.create_time:type_name -> google.protobuf.Timestamp
-	10, // 6: unslothd.v1.Training.start_time:type_name -> google.protobuf.Timestamp
-	10, // 7: unslothd.v1.Training.end_time:type_name -> google.protobuf.Timestamp
+	11, // 3: unslothd.v1.Training.train_dataset:type_name -> unslothd.v1.DatasetSource
+	11, // 4: unslothd.v1.Training.eval_dataset:type_name -> unslothd.v1.DatasetSource
+	12, // 5: unslothd.v1.Training.create_time:type_name -> google.protobuf.Timestamp
+	12, // 6: unslothd.v1.Training.start_time:type_name -> google.protobuf.Timestamp
+	12, // 7: unslothd.v1.Training.end_time:type_name -> google.protobuf.Timestamp
 	4,  // 8: unslothd.v1.Training.metrics:type_name -> unslothd.v1.TrainingMetrics
-	11, // 9: unslothd.v1.Training.error:type_name -> google.rpc.Status
+	13, // 9: unslothd.v1.Training.error:type_name -> google.rpc.Status
 	5,  // 10: unslothd.v1.Training.checkpoints:type_name -> unslothd.v1.Checkpoint
-	8,  // 11: unslothd.v1.Training.labels:type_name -> unslothd.v1.Training.LabelsEntry
+	10, // 11: unslothd.v1.Training.labels:type_name -> unslothd.v1.Training.LabelsEntry
 	5,  // 12: unslothd.v1.Training.best_checkpoint:type_name -> unslothd.v1.Checkpoint
-	10, // 13: unslothd.v1.Checkpoint.create_time:type_name -> google.protobuf.Timestamp
+	12, // 13: unslothd.v1.Checkpoint.create_time:type_name -> google.protobuf.Timestamp
 	2,  // 14: unslothd.v1.TrainingPlan.config:type_name -> unslothd.v1.TrainingConfig
-	12, // 15: unslothd.v1.TrainingPlan.row_format:type_name -> unslothd.v1.RowFormat
-	7,  // 16: unslothd.v1.TrainingPlan.preview:type_name -> unslothd.v1.RenderedRow
-	17, // [17:17] is the sub-list for method output_type
-	17, // [17:17] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	14, // 15: unslothd.v1.TrainingPlan.row_format:type_name -> unslothd.v1.RowFormat
+	9,  // 16: unslothd.v1.TrainingPlan.preview:type_name -> unslothd.v1.RenderedRow
+	7,  // 17: unslothd.v1.TrainingPlan.passes:type_name -> unslothd.v1.PassChoice
+	8,  // 18: unslothd.v1.PassChoice.costs:type_name -> unslothd.v1.PassCost
+	19, // [19:19] is the sub-list for method output_type
+	19, // [19:19] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_unslothd_v1_training_proto_init() }
@@ -1346,7 +1582,7 @@ func file_unslothd_v1_training_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_unslothd_v1_training_proto_rawDesc), len(file_unslothd_v1_training_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   7,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -18,7 +18,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file unslothd/v1/training.proto.
  */
 export const file_unslothd_v1_training: GenFile = /*@__PURE__*/
-  fileDesc("Chp1bnNsb3RoZC92MS90cmFpbmluZy5wcm90bxILdW5zbG90aGQudjEixAgKDlRyYWluaW5nQ29uZmlnEhoKDWxlYXJuaW5nX3JhdGUYASABKAFIAIgBARIXCgpiYXRjaF9zaXplGAIgASgFSAGIAQESKAobZ3JhZGllbnRfYWNjdW11bGF0aW9uX3N0ZXBzGAMgASgFSAKIAQESGQoMd2FybXVwX3N0ZXBzGAQgASgFSAOIAQESFgoJbWF4X3N0ZXBzGAUgASgFSASIAQESHQoQbnVtX3RyYWluX2Vwb2NocxgGIAEoAUgFiAEBEhcKCm91dHB1dF9kaXIYByABKAlIBogBARIRCgRmcDE2GAggASgISAeIAQESEQoEYmYxNhgJIAEoCEgIiAEBEhoKDWxvZ2dpbmdfc3RlcHMYCiABKAVICYgBARIXCgpzYXZlX3N0ZXBzGAsgASgFSAqIAQESEgoFb3B0aW0YDCABKAlIC4gBARIZCgx3ZWlnaHRfZGVjYXkYDSABKAFIDIgBARIeChFscl9zY2hlZHVsZXJfdHlwZRgOIAEoCUgNiAEBEhEKBHNlZWQYDyABKANIDogBARInChp1c2VfZ3JhZGllbnRfY2hlY2twb2ludGluZxgQIAEoCEgPiAEBEhQKB3BhY2tpbmcYESABKAhIEIgBARIaCg1tYXhfZ3JhZF9ub3JtGBIgASgBSBGIAQESFwoKZXZhbF9zdGVwcxgTIAEoBUgSiAEBEh0KEHNhdmVfdG90YWxfbGltaXQYFCABKAVIE4gBARIkChdlYXJseV9zdG9wcGluZ19wYXRpZW5jZRgVIAEoBUgUiAEBEiAKE25lZnR1bmVfbm9pc2VfYWxwaGEYFiABKAFIFYgBARI3Cg5taWNyb19iYXRjaGluZxgXIAEoDjIaLnVuc2xvdGhkLnYxLk1pY3JvQmF0Y2hpbmdIFogBAUIQCg5fbGVhcm5pbmdfcmF0ZUINCgtfYmF0Y2hfc2l6ZUIeChxfZ3JhZGllbnRfYWNjdW11bGF0aW9uX3N0ZXBzQg8KDV93YXJtdXBfc3RlcHNCDAoKX21heF9zdGVwc0ITChFfbnVtX3RyYWluX2Vwb2Noc0INCgtfb3V0cHV0X2RpckIHCgVfZnAxNkIHCgVfYmYxNkIQCg5fbG9nZ2luZ19zdGVwc0INCgtfc2F2ZV9zdGVwc0IICgZfb3B0aW1CDwoNX3dlaWdodF9kZWNheUIUChJfbHJfc2NoZWR1bGVyX3R5cGVCBwoFX3NlZWRCHQobX3VzZV9ncmFkaWVudF9jaGVja3BvaW50aW5nQgoKCF9wYWNraW5nQhAKDl9tYXhfZ3JhZF9ub3JtQg0KC19ldmFsX3N0ZXBzQhMKEV9zYXZlX3RvdGFsX2xpbWl0QhoKGF9lYXJseV9zdG9wcGluZ19wYXRpZW5jZUIWChRfbmVmdHVuZV9ub2lzZV9hbHBoYUIRCg9fbWljcm9fYmF0Y2hpbmci8wcKCFRyYWluaW5nEhMKC3RyYWluaW5nX2lkGAEgASgJEhAKCG1vZGVsX2lkGAIgASgJEhIKCm1vZGVsX25hbWUYAyABKAkSKgoFc3RhdGUYBCABKA4yGy51bnNsb3RoZC52MS5UcmFpbmluZy5TdGF0ZRIrCgZjb25maWcYBSABKAsyGy51bnNsb3RoZC52MS5UcmFpbmluZ0NvbmZpZxIxCg10cmFpbl9kYXRhc2V0GAYgASgLMhoudW5zbG90aGQudjEuRGF0YXNldFNvdXJjZRIwCgxldmFsX2RhdGFzZXQYByABKAsyGi51bnNsb3RoZC52MS5EYXRhc2V0U291cmNlEgwKBHN0ZXAYCCABKAUSEwoLdG90YWxfc3RlcHMYCSABKAUSFQoNbGFzdF9zZXF1ZW5jZRgKIAEoBBIvCgtjcmVhdGVfdGltZRgLIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLgoKc3RhcnRfdGltZRgMIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLAoIZW5kX3RpbWUYDSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEi0KB21ldHJpY3MYDiABKAsyHC51bnNsb3RoZC52MS5UcmFpbmluZ01ldHJpY3MSIQoFZXJyb3IYDyABKAsyEi5nb29nbGUucnBjLlN0YXR1cxISCgpvdXRwdXRfZGlyGBAgASgJEiwKC2NoZWNrcG9pbnRzGBEgAygLMhcudW5zbG90aGQudjEuQ2hlY2twb2ludBIxCgZsYWJlbHMYEiADKAsyIS51bnNsb3RoZC52MS5UcmFpbmluZy5MYWJlbHNFbnRyeRISCgpyZXF1ZXN0X2lkGBMgASgJEjAKD2Jlc3RfY2hlY2twb2ludBgUIAEoCzIXLnVuc2xvdGhkLnYxLkNoZWNrcG9pbnQSFgoOcXVldWVfcG9zaXRpb24YFSABKAUaLQoLTGFiZWxzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASLQAQoFU3RhdGUSFQoRU1RBVEVfVU5TUEVDSUZJRUQQABIQCgxTVEFURV9RVUVVRUQQARIRCg1TVEFURV9SVU5OSU5HEAISFAoQU1RBVEVfUkVDT1ZFUklORxADEhEKDVNUQVRFX1BBVVNJTkcQBBIQCgxTVEFURV9QQVVTRUQQBRIUChBTVEFURV9DQU5DRUxMSU5HEAYSEwoPU1RBVEVfQ0FOQ0VMTEVEEAcSEwoPU1RBVEVfU1VDQ0VFREVEEAgSEAoMU1RBVEVfRkFJTEVEEAkihQIKD1RyYWluaW5nTWV0cmljcxIVCg10cmFpbl9ydW50aW1lGAEgASgBEiAKGHRyYWluX3NhbXBsZXNfcGVyX3NlY29uZBgCIAEoARIeChZ0cmFpbl9zdGVwc19wZXJfc2Vjb25kGAMgASgBEhIKCnRyYWluX2xvc3MYBCABKAESDQoFZXBvY2gYBSABKAESFAoMdHJhaW5fdG9rZW5zGAYgASgDEh8KF3RyYWluX3Rva2Vuc19wZXJfc2Vjb25kGAcgASgBEhYKCWV2YWxfbG9zcxgIIAEoAUgAiAEBEhkKEXBlYWtfbWVtb3J5X2J5dGVzGAkgASgDQgwKCl9ldmFsX2xvc3MifwoKQ2hlY2twb2ludBIMCgRzdGVwGAEgASgFEgwKBHBhdGgYAiABKAkSFgoJZXZhbF9sb3NzGAMgASgBSACIAQESLwoLY3JlYXRlX3RpbWUYBCABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wQgwKCl9ldmFsX2xvc3MivQQKDFRyYWluaW5nUGxhbhIrCgZjb25maWcYASABKAsyGy51bnNsb3RoZC52MS5UcmFpbmluZ0NvbmZpZxIqCgpyb3dfZm9ybWF0GAIgASgLMhYudW5zbG90aGQudjEuUm93Rm9ybWF0EhAKCG51bV9yb3dzGAMgASgDEhIKCm51bV90b2tlbnMYBCABKAMSEwoLdG90YWxfc3RlcHMYBSABKAUSGAoQdHJhaW5hYmxlX3BhcmFtcxgGIAEoAxIdChVtZW1vcnlfZXN0aW1hdGVfYnl0ZXMYByABKAMSGQoRbWVtb3J5X2ZyZWVfYnl0ZXMYCCABKAMSFwoPbWVtb3J5X21lYXN1cmVkGAkgASgIEikKB3ByZXZpZXcYCiADKAsyGC51bnNsb3RoZC52MS5SZW5kZXJlZFJvdxIQCgh3YXJuaW5ncxgLIAMoCRIaChJsb25nZXN0X3Jvd190b2tlbnMYDCABKAUSFgoOdHJ1bmNhdGVkX3Jvd3MYDSABKAMSFAoMZHJvcHBlZF9yb3dzGA4gASgDEhMKC2xvc3NfdG9rZW5zGA8gASgDEhUKDW51bV9ldmFsX3Jvd3MYECABKAMSFwoPbWVhbl9yb3dfdG9rZW5zGBEgASgBEh4KEXRva2Vuc19wZXJfc2Vjb25kGBIgASgBSACIAQESGQoMc3RlcF9zZWNvbmRzGBMgASgBSAGIAQFCFAoSX3Rva2Vuc19wZXJfc2Vjb25kQg8KDV9zdGVwX3NlY29uZHMiVgoLUmVuZGVyZWRSb3cSDAoEdGV4dBgBIAEoCRISCgpudW1fdG9rZW5zGAIgASgFEhIKCmxvc3Nfc3BhbnMYAyADKAUSEQoJdHJ1bmNhdGVkGAQgASgIKmMKDU1pY3JvQmF0Y2hpbmcSHgoaTUlDUk9fQkFUQ0hJTkdfVU5TUEVDSUZJRUQQABIYChRNSUNST19CQVRDSElOR19GSVhFRBABEhgKFE1JQ1JPX0JBVENISU5HX1RVTkVEEAJiBnByb3RvMw", [file_google_protobuf_timestamp, file_google_rpc_status, file_unslothd_v1_dataset]);
+  fileDesc("Chp1bnNsb3RoZC92MS90cmFpbmluZy5wcm90bxILdW5zbG90aGQudjEixAgKDlRyYWluaW5nQ29uZmlnEhoKDWxlYXJuaW5nX3JhdGUYASABKAFIAIgBARIXCgpiYXRjaF9zaXplGAIgASgFSAGIAQESKAobZ3JhZGllbnRfYWNjdW11bGF0aW9uX3N0ZXBzGAMgASgFSAKIAQESGQoMd2FybXVwX3N0ZXBzGAQgASgFSAOIAQESFgoJbWF4X3N0ZXBzGAUgASgFSASIAQESHQoQbnVtX3RyYWluX2Vwb2NocxgGIAEoAUgFiAEBEhcKCm91dHB1dF9kaXIYByABKAlIBogBARIRCgRmcDE2GAggASgISAeIAQESEQoEYmYxNhgJIAEoCEgIiAEBEhoKDWxvZ2dpbmdfc3RlcHMYCiABKAVICYgBARIXCgpzYXZlX3N0ZXBzGAsgASgFSAqIAQESEgoFb3B0aW0YDCABKAlIC4gBARIZCgx3ZWlnaHRfZGVjYXkYDSABKAFIDIgBARIeChFscl9zY2hlZHVsZXJfdHlwZRgOIAEoCUgNiAEBEhEKBHNlZWQYDyABKANIDogBARInChp1c2VfZ3JhZGllbnRfY2hlY2twb2ludGluZxgQIAEoCEgPiAEBEhQKB3BhY2tpbmcYESABKAhIEIgBARIaCg1tYXhfZ3JhZF9ub3JtGBIgASgBSBGIAQESFwoKZXZhbF9zdGVwcxgTIAEoBUgSiAEBEh0KEHNhdmVfdG90YWxfbGltaXQYFCABKAVIE4gBARIkChdlYXJseV9zdG9wcGluZ19wYXRpZW5jZRgVIAEoBUgUiAEBEiAKE25lZnR1bmVfbm9pc2VfYWxwaGEYFiABKAFIFYgBARI3Cg5taWNyb19iYXRjaGluZxgXIAEoDjIaLnVuc2xvdGhkLnYxLk1pY3JvQmF0Y2hpbmdIFogBAUIQCg5fbGVhcm5pbmdfcmF0ZUINCgtfYmF0Y2hfc2l6ZUIeChxfZ3JhZGllbnRfYWNjdW11bGF0aW9uX3N0ZXBzQg8KDV93YXJtdXBfc3RlcHNCDAoKX21heF9zdGVwc0ITChFfbnVtX3RyYWluX2Vwb2Noc0INCgtfb3V0cHV0X2RpckIHCgVfZnAxNkIHCgVfYmYxNkIQCg5fbG9nZ2luZ19zdGVwc0INCgtfc2F2ZV9zdGVwc0IICgZfb3B0aW1CDwoNX3dlaWdodF9kZWNheUIUChJfbHJfc2NoZWR1bGVyX3R5cGVCBwoFX3NlZWRCHQobX3VzZV9ncmFkaWVudF9jaGVja3BvaW50aW5nQgoKCF9wYWNraW5nQhAKDl9tYXhfZ3JhZF9ub3JtQg0KC19ldmFsX3N0ZXBzQhMKEV9zYXZlX3RvdGFsX2xpbWl0QhoKGF9lYXJseV9zdG9wcGluZ19wYXRpZW5jZUIWChRfbmVmdHVuZV9ub2lzZV9hbHBoYUIRCg9fbWljcm9fYmF0Y2hpbmci8wcKCFRyYWluaW5nEhMKC3RyYWluaW5nX2lkGAEgASgJEhAKCG1vZGVsX2lkGAIgASgJEhIKCm1vZGVsX25hbWUYAyABKAkSKgoFc3RhdGUYBCABKA4yGy51bnNsb3RoZC52MS5UcmFpbmluZy5TdGF0ZRIrCgZjb25maWcYBSABKAsyGy51bnNsb3RoZC52MS5UcmFpbmluZ0NvbmZpZxIxCg10cmFpbl9kYXRhc2V0GAYgASgLMhoudW5zbG90aGQudjEuRGF0YXNldFNvdXJjZRIwCgxldmFsX2RhdGFzZXQYByABKAsyGi51bnNsb3RoZC52MS5EYXRhc2V0U291cmNlEgwKBHN0ZXAYCCABKAUSEwoLdG90YWxfc3RlcHMYCSABKAUSFQoNbGFzdF9zZXF1ZW5jZRgKIAEoBBIvCgtjcmVhdGVfdGltZRgLIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLgoKc3RhcnRfdGltZRgMIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLAoIZW5kX3RpbWUYDSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEi0KB21ldHJpY3MYDiABKAsyHC51bnNsb3RoZC52MS5UcmFpbmluZ01ldHJpY3MSIQoFZXJyb3IYDyABKAsyEi5nb29nbGUucnBjLlN0YXR1cxISCgpvdXRwdXRfZGlyGBAgASgJEiwKC2NoZWNrcG9pbnRzGBEgAygLMhcudW5zbG90aGQudjEuQ2hlY2twb2ludBIxCgZsYWJlbHMYEiADKAsyIS51bnNsb3RoZC52MS5UcmFpbmluZy5MYWJlbHNFbnRyeRISCgpyZXF1ZXN0X2lkGBMgASgJEjAKD2Jlc3RfY2hlY2twb2ludBgUIAEoCzIXLnVuc2xvdGhkLnYxLkNoZWNrcG9pbnQSFgoOcXVldWVfcG9zaXRpb24YFSABKAUaLQoLTGFiZWxzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASLQAQoFU3RhdGUSFQoRU1RBVEVfVU5TUEVDSUZJRUQQABIQCgxTVEFURV9RVUVVRUQQARIRCg1TVEFURV9SVU5OSU5HEAISFAoQU1RBVEVfUkVDT1ZFUklORxADEhEKDVNUQVRFX1BBVVNJTkcQBBIQCgxTVEFURV9QQVVTRUQQBRIUChBTVEFURV9DQU5DRUxMSU5HEAYSEwoPU1RBVEVfQ0FOQ0VMTEVEEAcSEwoPU1RBVEVfU1VDQ0VFREVEEAgSEAoMU1RBVEVfRkFJTEVEEAkihQIKD1RyYWluaW5nTWV0cmljcxIVCg10cmFpbl9ydW50aW1lGAEgASgBEiAKGHRyYWluX3NhbXBsZXNfcGVyX3NlY29uZBgCIAEoARIeChZ0cmFpbl9zdGVwc19wZXJfc2Vjb25kGAMgASgBEhIKCnRyYWluX2xvc3MYBCABKAESDQoFZXBvY2gYBSABKAESFAoMdHJhaW5fdG9rZW5zGAYgASgDEh8KF3RyYWluX3Rva2Vuc19wZXJfc2Vjb25kGAcgASgBEhYKCWV2YWxfbG9zcxgIIAEoAUgAiAEBEhkKEXBlYWtfbWVtb3J5X2J5dGVzGAkgASgDQgwKCl9ldmFsX2xvc3MifwoKQ2hlY2twb2ludBIMCgRzdGVwGAEgASgFEgwKBHBhdGgYAiABKAkSFgoJZXZhbF9sb3NzGAMgASgBSACIAQESLwoLY3JlYXRlX3RpbWUYBCABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wQgwKCl9ldmFsX2xvc3Mi5gQKDFRyYWluaW5nUGxhbhIrCgZjb25maWcYASABKAsyGy51bnNsb3RoZC52MS5UcmFpbmluZ0NvbmZpZxIqCgpyb3dfZm9ybWF0GAIgASgLMhYudW5zbG90aGQudjEuUm93Rm9ybWF0EhAKCG51bV9yb3dzGAMgASgDEhIKCm51bV90b2tlbnMYBCABKAMSEwoLdG90YWxfc3RlcHMYBSABKAUSGAoQdHJhaW5hYmxlX3BhcmFtcxgGIAEoAxIdChVtZW1vcnlfZXN0aW1hdGVfYnl0ZXMYByABKAMSGQoRbWVtb3J5X2ZyZWVfYnl0ZXMYCCABKAMSFwoPbWVtb3J5X21lYXN1cmVkGAkgASgIEikKB3ByZXZpZXcYCiADKAsyGC51bnNsb3RoZC52MS5SZW5kZXJlZFJvdxIQCgh3YXJuaW5ncxgLIAMoCRIaChJsb25nZXN0X3Jvd190b2tlbnMYDCABKAUSFgoOdHJ1bmNhdGVkX3Jvd3MYDSABKAMSFAoMZHJvcHBlZF9yb3dzGA4gASgDEhMKC2xvc3NfdG9rZW5zGA8gASgDEhUKDW51bV9ldmFsX3Jvd3MYECABKAMSFwoPbWVhbl9yb3dfdG9rZW5zGBEgASgBEh4KEXRva2Vuc19wZXJfc2Vjb25kGBIgASgBSACIAQESGQoMc3RlcF9zZWNvbmRzGBMgASgBSAGIAQESJwoGcGFzc2VzGBQgASgLMhcudW5zbG90aGQudjEuUGFzc0Nob2ljZUIUChJfdG9rZW5zX3Blcl9zZWNvbmRCDwoNX3N0ZXBfc2Vjb25kcyLWAQoKUGFzc0Nob2ljZRISCgptYXhfdG9rZW5zGAEgASgDEg4KBmpvaW5lZBgCIAEoCBIiChp1c2VfZ3JhZGllbnRfY2hlY2twb2ludGluZxgDIAEoCBIUCgxzdGVwX3NlY29uZHMYBCABKAESGQoRdG9rZW5zX3Blcl9zZWNvbmQYBSABKAESEgoKcmVtZW1iZXJlZBgGIAEoCBIVCg1wcm9iZV9zZWNvbmRzGAcgASgBEiQKBWNvc3RzGAggAygLMhUudW5zbG90aGQudjEuUGFzc0Nvc3QilgEKCFBhc3NDb3N0Eg4KBmpvaW5lZBgBIAEoCBIiChp1c2VfZ3JhZGllbnRfY2hlY2twb2ludGluZxgCIAEoCBIPCgdzZWNvbmRzGAMgASgBEhkKEXNlY29uZHNfcGVyX3Rva2VuGAQgASgBEhEKCW51bV9ieXRlcxgFIAEoAxIXCg9ieXRlc19wZXJfdG9rZW4YBiABKAMiVgoLUmVuZGVyZWRSb3cSDAoEdGV4dBgBIAEoCRISCgpudW1fdG9rZW5zGAIgASgFEhIKCmxvc3Nfc3BhbnMYAyADKAUSEQoJdHJ1bmNhdGVkGAQgASgIKmMKDU1pY3JvQmF0Y2hpbmcSHgoaTUlDUk9fQkFUQ0hJTkdfVU5TUEVDSUZJRUQQABIYChRNSUNST19CQVRDSElOR19GSVhFRBABEhgKFE1JQ1JPX0JBVENISU5HX1RVTkVEEAJiBnByb3RvMw", [file_google_protobuf_timestamp, file_google_rpc_status, file_unslothd_v1_dataset]);
 
 /**
  * Hyper-parameters. Field names and defaults are the ones users know from the Unsloth and Transformers docs.
@@ -698,11 +698,19 @@ export type TrainingPlan = Message<"unslothd.v1.TrainingPlan"> & {
   tokensPerSecond?: number | undefined;
 
   /**
-   * Seconds of such an optimizer step; unset unless measured.
+   * Seconds of such an optimizer step; unset unless measured. With `passes` both are of a step of typical rows.
    *
    * @generated from field: optional double step_seconds = 19;
    */
   stepSeconds?: number | undefined;
+
+  /**
+   * With MICRO_BATCHING_TUNED: the passes that were chosen, and why; `config` says the same as far as it can. Unset in a
+   * plan that nobody measured yet, where `config` has the batch_size and gradient_accumulation_steps that were asked for.
+   *
+   * @generated from field: unslothd.v1.PassChoice passes = 20;
+   */
+  passes?: PassChoice | undefined;
 };
 
 /**
@@ -711,6 +719,132 @@ export type TrainingPlan = Message<"unslothd.v1.TrainingPlan"> & {
  */
 export const TrainingPlanSchema: GenMessage<TrainingPlan> = /*@__PURE__*/
   messageDesc(file_unslothd_v1_training, 4);
+
+/**
+ * How the sequences of each optimizer step are split over passes. Which sequences a step has does not depend on it.
+ *
+ * @generated from message unslothd.v1.PassChoice
+ */
+export type PassChoice = Message<"unslothd.v1.PassChoice"> & {
+  /**
+   * Most tokens of a pass, padding counted; a longer sequence has a pass of its own.
+   *
+   * @generated from field: int64 max_tokens = 1;
+   */
+  maxTokens: bigint;
+
+  /**
+   * True: sequences are joined without padding. False: those of about equal length are padded together.
+   *
+   * @generated from field: bool joined = 2;
+   */
+  joined: boolean;
+
+  /**
+   * Activations are recomputed in the backward pass.
+   *
+   * @generated from field: bool use_gradient_checkpointing = 3;
+   */
+  useGradientCheckpointing: boolean;
+
+  /**
+   * Expected seconds of an optimizer step of typical rows.
+   *
+   * @generated from field: double step_seconds = 4;
+   */
+  stepSeconds: number;
+
+  /**
+   * Expected tokens a second, padding not counted.
+   *
+   * @generated from field: double tokens_per_second = 5;
+   */
+  tokensPerSecond: number;
+
+  /**
+   * True when an earlier training of this model, adapter, length and device had measured the costs.
+   *
+   * @generated from field: bool remembered = 6;
+   */
+  remembered: boolean;
+
+  /**
+   * Seconds that measuring took.
+   *
+   * @generated from field: double probe_seconds = 7;
+   */
+  probeSeconds: number;
+
+  /**
+   * Every kind of pass that was measured.
+   *
+   * @generated from field: repeated unslothd.v1.PassCost costs = 8;
+   */
+  costs: PassCost[];
+};
+
+/**
+ * Describes the message unslothd.v1.PassChoice.
+ * Use `create(PassChoiceSchema)` to create a new message.
+ */
+export const PassChoiceSchema: GenMessage<PassChoice> = /*@__PURE__*/
+  messageDesc(file_unslothd_v1_training, 5);
+
+/**
+ * What passes of one kind cost, as straight lines over their tokens, padding counted.
+ *
+ * @generated from message unslothd.v1.PassCost
+ */
+export type PassCost = Message<"unslothd.v1.PassCost"> & {
+  /**
+   * As in PassChoice.
+   *
+   * @generated from field: bool joined = 1;
+   */
+  joined: boolean;
+
+  /**
+   * As in PassChoice.
+   *
+   * @generated from field: bool use_gradient_checkpointing = 2;
+   */
+  useGradientCheckpointing: boolean;
+
+  /**
+   * Seconds of a pass, whatever its size: launches.
+   *
+   * @generated from field: double seconds = 3;
+   */
+  seconds: number;
+
+  /**
+   * What each token adds.
+   *
+   * @generated from field: double seconds_per_token = 4;
+   */
+  secondsPerToken: number;
+
+  /**
+   * Memory beyond what is held between passes, whatever the size, in bytes.
+   *
+   * @generated from field: int64 num_bytes = 5;
+   */
+  numBytes: bigint;
+
+  /**
+   * What each token adds.
+   *
+   * @generated from field: int64 bytes_per_token = 6;
+   */
+  bytesPerToken: bigint;
+};
+
+/**
+ * Describes the message unslothd.v1.PassCost.
+ * Use `create(PassCostSchema)` to create a new message.
+ */
+export const PassCostSchema: GenMessage<PassCost> = /*@__PURE__*/
+  messageDesc(file_unslothd_v1_training, 6);
 
 /**
  * One row as the model sees it.
@@ -752,7 +886,7 @@ export type RenderedRow = Message<"unslothd.v1.RenderedRow"> & {
  * Use `create(RenderedRowSchema)` to create a new message.
  */
 export const RenderedRowSchema: GenMessage<RenderedRow> = /*@__PURE__*/
-  messageDesc(file_unslothd_v1_training, 5);
+  messageDesc(file_unslothd_v1_training, 7);
 
 /**
  * How the sequences of an optimizer step are split over passes. The optimizer step is the same for every choice;
@@ -762,7 +896,7 @@ export const RenderedRowSchema: GenMessage<RenderedRow> = /*@__PURE__*/
  */
 export enum MicroBatching {
   /**
-   * TUNED when the request sets neither batch_size nor use_gradient_checkpointing, else FIXED.
+   * On a GPU TUNED when neither batch_size nor use_gradient_checkpointing is set, else FIXED.
    *
    * @generated from enum value: MICRO_BATCHING_UNSPECIFIED = 0;
    */
@@ -776,7 +910,8 @@ export enum MicroBatching {
   FIXED = 1,
 
   /**
-   * The fastest split that fits in memory, found by a short probe and reported before the first step.
+   * The fastest split of batch_size x gradient_accumulation_steps sequences that fits in memory, found by a short probe
+   * or remembered from one, and reported before the first step in TrainingPlan.passes.
    *
    * @generated from enum value: MICRO_BATCHING_TUNED = 2;
    */

@@ -1,0 +1,264 @@
+"""Which passes an optimizer step is split into: costs as straight lines over tokens, and the cheapest split that fits.
+
+A pass costs what its launches cost and what its tokens cost. So few large passes are fast, padding is dear only where
+the device and not the host is the limit, and recomputing activations pays only where memory forces small passes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+SAMPLED_STEPS = 32
+# Not worth more memory: a split that is faster by less.
+WORTH_MEMORY = 0.02
+# Padded rows have one of so many widths, so that there are few shapes to compile and to record.
+WIDTHS = 4
+WIDTH_MULTIPLE = 64
+# Unsloth records CUDA graphs of a layer for so many shapes, and for none once there are more.
+MAX_SHAPES = 8
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the sequences of an optimizer step are split over passes.
+
+    Args:
+        tokens: Most tokens of a pass, padding counted; a longer sequence has a pass of its own.
+        joined: Sequences are joined without padding, else padded.
+        checkpointing: Activations are recomputed in the backward pass.
+    """
+
+    tokens: int
+    joined: bool
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What passes of one kind cost, as lines over their tokens, padding counted.
+
+    Args:
+        joined: As in Split.
+        checkpointing: As in Split.
+        seconds: Of a pass, whatever its size.
+        seconds_per_token: What each token adds.
+        num_bytes: Memory beyond what is held between passes, whatever its size.
+        bytes_per_token: What each token adds.
+        most_tokens: Of the largest pass that was run; nothing is known of larger ones.
+    """
+
+    joined: bool
+    checkpointing: bool
+    seconds: float
+    seconds_per_token: float
+    num_bytes: float
+    bytes_per_token: float
+    most_tokens: int
+
+    def time(self, tokens: int) -> float:
+        """Seconds of a pass."""
+        return self.seconds + self.seconds_per_token * tokens
+
+    def memory(self, tokens: int) -> float:
+        """Bytes of a pass at its peak."""
+        return self.num_bytes + self.bytes_per_token * tokens
+
+    @classmethod
+    def through(
+        cls, joined: bool, checkpointing: bool, small: tuple[int, float, float], large: tuple[int, float, float]
+    ) -> "PassCost":
+        """The lines through two measured passes.
+
+        Args:
+            joined: As in Split.
+            checkpointing: As in Split.
+            small: Tokens, seconds, bytes.
+            large: The same of a pass of more tokens; or of the same one, where there is no larger one.
+        """
+        seconds = _line((small[0], small[1]), (large[0], large[1]))
+        memory = _line((small[0], small[2]), (large[0], large[2]))
+        return cls(joined, checkpointing, *seconds, *memory, most_tokens=large[0])
+
+
+def _line(small: tuple[int, float], large: tuple[int, float]) -> tuple[float, float]:
+    """Offset and slope, neither below 0."""
+    tokens = large[0] - small[0]
+    slope = max(large[1] - small[1], 0.0) / tokens if tokens else large[1] / large[0]
+    return max(large[1] - slope * large[0], 0.0), slope
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A split and what it is expected to cost.
+
+    Args:
+        split: What to do.
+        seconds: Of a typical optimizer step, all passes.
+        num_bytes: Memory of its largest pass, beyond what is held between passes.
+        launch_seconds: Part of `seconds` that does not depend on tokens.
+        tokens: Of a typical optimizer step, padding not counted.
+    """
+
+    split: Split
+    seconds: float
+    num_bytes: float
+    launch_seconds: float
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was found for a training.
+
+    Args:
+        choice: The split and what it is expected to cost.
+        costs: Of every kind of pass that was measured.
+        held_bytes: Memory between passes, optimizer states included.
+        remembered: Nothing was measured: an earlier training did.
+        probe_seconds: Spent on measuring.
+    """
+
+    choice: Choice
+    costs: Sequence[PassCost]
+    held_bytes: int
+    remembered: bool
+    probe_seconds: float
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """How long the rows of optimizer steps are.
+
+    Args:
+        lengths: Tokens of every row.
+        sequences: Of an optimizer step.
+    """
+
+    lengths: Sequence[int]
+    sequences: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
+    @property
+    def width_step(self) -> int:
+        """Padded rows are as wide as a multiple of this."""
+        return _rounded_up(-(-self.longest // WIDTHS), WIDTH_MULTIPLE)
+
+    def budget(self, rows: int, *, joined: bool) -> int:
+        """Tokens of a pass of so many of the longest rows."""
+        return rows * (self.longest if joined else self.width(self.longest))
+
+    def width(self, length: int) -> int:
+        """Columns of a padded pass whose longest row has so many tokens."""
+        return _rounded_up(length, self.width_step)
+
+    def passes(self, tokens: int, *, joined: bool) -> int:
+        """Passes of a step of the longest rows.
+
+        Args:
+            tokens: Most tokens of a pass.
+            joined: As in Split.
+        """
+        rows = max(tokens // self.budget(1, joined=joined), 1)
+        return -(-self.sequences // rows)
+
+    def row_counts(self) -> list[int]:
+        """The whole step, half of it, a quarter …, one row."""
+        counts = [self.sequences]
+        while counts[-1] > 1:
+            counts.append(-(-counts[-1] // 2))
+        return counts
+
+    def sample(self) -> list[list[int]]:
+        """Lengths of typical steps; the same for the same rows."""
+        if len(self.lengths) <= self.sequences:
+            return [list(self.lengths)]
+        drawn = np.random.default_rng(0)
+        return [drawn.choice(self.lengths, self.sequences, replace=False).tolist() for _ in range(SAMPLED_STEPS)]
+
+
+def passes(lengths: Sequence[int], split: Split, sizes: StepSizes) -> Iterator[list[int]]:
+    """Positions of the sequences of each pass of a step: long ones together, passes as full as they may be.
+
+    Args:
+        lengths: Of the sequences of this step.
+        split: How to split.
+        sizes: Of the training; gives the widths of padded rows.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    start = 0
+    while start < len(longest_first):
+        end = start + _fitting([lengths[position] for position in longest_first[start:]], split, sizes)
+        yield longest_first[start:end]
+        start = end
+
+
+def _fitting(lengths: Sequence[int], split: Split, sizes: StepSizes) -> int:
+    """Sequences, longest first, that go into one pass; at least one."""
+    if not split.joined:
+        # Powers of two keep the shapes few.
+        rows = max(split.tokens // sizes.width(lengths[0]), 1)
+        return min(len(lengths), 1 << (rows.bit_length() - 1) if rows < len(lengths) else rows)
+    tokens = count = 0
+    for length in lengths:
+        tokens += length
+        if count and tokens > split.tokens:
+            break
+        count += 1
+    return count
+
+
+def tokens_of(lengths: Sequence[int], split: Split, sizes: StepSizes) -> int:
+    """Tokens of one pass of these sequences, padding counted."""
+    return sum(lengths) if split.joined else len(lengths) * sizes.width(max(lengths))
+
+
+def choose(costs: Sequence[PassCost], sizes: StepSizes, room: float) -> Choice | None:
+    """The fastest split that fits; of nearly equal ones that with the least memory. None when nothing fits.
+
+    Args:
+        costs: Of every kind of pass that may be chosen.
+        sizes: Of the training.
+        room: Bytes for a pass at its peak.
+    """
+    fitting = [choice for choice in _choices(costs, sizes) if choice.num_bytes <= room]
+    if not fitting:
+        return None
+    fastest = min(choice.seconds for choice in fitting)
+    return min(
+        (choice for choice in fitting if choice.seconds <= fastest * (1 + WORTH_MEMORY)),
+        key=lambda choice: (choice.num_bytes, choice.seconds),
+    )
+
+
+def _choices(costs: Sequence[PassCost], sizes: StepSizes) -> Iterator[Choice]:
+    steps = sizes.sample()
+    for cost in costs:
+        for rows in sizes.row_counts():
+            split = Split(sizes.budget(rows, joined=cost.joined), cost.joined, cost.checkpointing)
+            if split.tokens > cost.most_tokens:
+                continue
+            cuts = [_cut(lengths, split, sizes) for lengths in steps]
+            shapes = {(len(group), sizes.width(group[0])) for cut in cuts for group in cut}
+            if not cost.joined and len(shapes) > MAX_SHAPES:
+                continue
+            yield Choice(
+                split,
+                seconds=fmean(sum(cost.time(tokens_of(group, split, sizes)) for group in cut) for cut in cuts),
+                num_bytes=cost.memory(split.tokens),
+                launch_seconds=fmean(len(cut) * cost.seconds for cut in cuts),
+                tokens=fmean(map(sum, steps)),
+            )
+
+
+def _cut(lengths: Sequence[int], split: Split, sizes: StepSizes) -> list[list[int]]:
+    return [[lengths[position] for position in group] for group in passes(lengths, split, sizes)]
+
+
+def _rounded_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

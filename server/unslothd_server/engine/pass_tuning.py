@@ -1,0 +1,226 @@
+"""Finds how to split optimizer steps by a few real passes before the first step, and puts that into force."""
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from unslothd_server.engine import pass_costs, reports
+from unslothd_server.engine.footprint import footprint
+from unslothd_server.engine.memory import device_memory_at_most, memory_bytes
+from unslothd_server.engine.micro_batching import Choice, PassCost, Split, StepSizes, Tuning, choose, passes
+from unslothd_server.engine.model_loading import LoadedModel
+from unslothd_server.engine.oom import exhausted
+from unslothd_server.engine.passes import Inputs, PassSplit
+from unslothd_server.engine.probe import Peak, wait_for_device
+from unslothd_server.engine.sequences import Sequence, can_be_taken_apart, joined_inputs, padded_inputs, sequences_of
+from unslothd_server.engine.tokens import IGNORED_LABEL
+from unslothd_server.engine.trainer import set_checkpointing
+from unslothd_server.engine.untouched import random_state_kept
+
+# Not used of what is free: for other processes, fragments, rows that differ.
+MARGIN_SHARE = 0.05
+MARGIN_BYTES = 512 * 1024 * 1024
+TIMED_PASSES = 2
+# Padded rows let Unsloth compile each layer, which takes half a minute the first time; shorter trainings do without.
+COMPILE_WORTH_SECONDS = 60.0
+# Recomputing activations can only help where launches of small passes are more than this share of a step.
+WORTH_CHECKPOINTING = 0.1
+
+
+def tune(trainer: Any, loaded: LoadedModel, check: Callable[[], None], *, may_probe: bool = True) -> Tuning | None:
+    """Chooses a split for a trainer that stands before its first step, and puts it into force.
+
+    Weights, optimizer and random state stay as they are.
+
+    Args:
+        trainer: Its passes get whole optimizer steps.
+        loaded: Its model.
+        check: Called before every pass; raises to stop.
+        may_probe: Measure what no earlier training did.
+
+    Returns:
+        None where the trainer's passes cannot be split in another way, where not even one row fits, or where nothing
+        is known and nothing may be measured. Passes are then run as they are, and repaired where they do not fit.
+    """
+    begin = time.perf_counter()
+    sizes = step_sizes(trainer)
+    probe = _Probe(trainer, sizes, check)
+    if not probe.possible:
+        return None
+    # The optimizer makes its states in the first step.
+    states = footprint(trainer).fixed
+    probe.free()
+    held, free = memory_bytes(), reports.free_memory(trainer.model)
+    room = int(free - states - max(MARGIN_BYTES, MARGIN_SHARE * free))
+    file = pass_costs.file_of(loaded, sizes, packing=trainer.args.packing)
+    costs = pass_costs.read(file, room)
+    remembered = _suffice(costs, probe, room)
+    if not remembered and may_probe:
+        with random_state_kept(), device_memory_at_most(room):
+            costs = _measured(probe, room)
+        pass_costs.write(file, room, costs)
+    choice = choose(costs, sizes, room)
+    if choice is None:
+        set_checkpointing(trainer.model, on=False)
+        return None
+    put_into_force(trainer, choice.split)
+    return Tuning(choice, costs, held + states, remembered, time.perf_counter() - begin)
+
+
+def put_into_force(trainer: Any, split: Split) -> None:
+    """Makes a trainer whose passes get whole optimizer steps split them so."""
+    set_checkpointing(trainer.model, on=split.checkpointing)
+    in_force = trainer.passes.split
+    in_force.tokens, in_force.joined, in_force.checkpointing = split.tokens, split.joined, split.checkpointing
+    go_on(trainer)
+
+
+def go_on(trainer: Any) -> None:
+    """Makes a trainer split its optimizer steps as its split says already."""
+    sizes, pad_token_id = step_sizes(trainer), _pad_token_id(trainer)
+
+    def cut(inputs: Inputs, split: PassSplit) -> Iterator[Inputs]:
+        sequences = sequences_of(inputs)
+        chosen = Split(max(split.tokens // split.parts, 1), split.joined, split.checkpointing)
+        for positions in passes([len(each) for each in sequences], chosen, sizes):
+            group = [sequences[position] for position in positions]
+            yield _inputs(group, sizes, pad_token_id, joined=split.joined)
+
+    trainer.passes.cut = cut
+
+
+def longest_passes(trainer: Any) -> int | None:
+    """Passes of a tuned optimizer step whose rows are all as long as the longest; None where nothing was tuned."""
+    split = trainer.passes.split
+    return step_sizes(trainer).passes(split.tokens // split.parts, joined=split.joined) if split.tokens else None
+
+
+def step_sizes(trainer: Any) -> StepSizes:
+    """Lengths of the trainer's rows, packed ones as they are, and the sequences of its optimizer step."""
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    return StepSizes(lengths, min(trainer.args.per_device_train_batch_size, len(lengths)))
+
+
+def _pad_token_id(trainer: Any) -> int:
+    tokenizer = trainer.processing_class
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def _inputs(sequences: list[Sequence], sizes: StepSizes, pad_token_id: int, *, joined: bool) -> Inputs:
+    if joined:
+        return joined_inputs(sequences)
+    return padded_inputs(sequences, sizes.width(max(map(len, sequences))), pad_token_id)
+
+
+def _measured(probe: "_Probe", room: int) -> list[PassCost]:
+    """Costs of the kinds of passes that may be the fastest."""
+    costs = _measured_kinds(probe, room, joined=probe.joins)
+    if probe.may_pad_instead and _is_long(choose(costs, probe.sizes, room), probe):
+        costs += _measured_kinds(probe, room, joined=False)
+    return costs
+
+
+def _is_long(choice: Choice | None, probe: "_Probe") -> bool:
+    return choice is not None and choice.seconds * probe.steps > COMPILE_WORTH_SECONDS
+
+
+def _suffice(costs: list[PassCost], probe: "_Probe", room: int) -> bool:
+    """False when this training has to measure what an earlier one did not."""
+    choice = choose(costs, probe.sizes, room)
+    padded_known = any(not cost.joined for cost in costs)
+    return choice is not None and (padded_known or not probe.may_pad_instead or not _is_long(choice, probe))
+
+
+def _measured_kinds(probe: "_Probe", room: int, *, joined: bool) -> list[PassCost]:
+    """Passes without checkpointing, and with it where memory keeps those small."""
+    sizes = probe.sizes
+    costs = [probe.cost(room, joined=joined, checkpointing=False)]
+    choice = choose([cost for cost in costs if cost is not None], sizes, room)
+    whole = sizes.budget(sizes.sequences, joined=joined)
+    if choice is None or (choice.split.tokens < whole and choice.launch_seconds > WORTH_CHECKPOINTING * choice.seconds):
+        costs.append(probe.cost(room, joined=joined, checkpointing=True))
+    return [cost for cost in costs if cost is not None]
+
+
+@dataclass
+class _Probe:
+    """Runs passes of a trainer's longest row, forward and backward as in training."""
+
+    trainer: Any
+    sizes: StepSizes
+    check: Callable[[], None]
+    longest: dict[str, Any] = field(init=False)
+    joins: bool = field(init=False)
+    possible: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = self.trainer.train_dataset
+        self.longest = rows[self.sizes.lengths.index(self.sizes.longest)]
+        sample = self.trainer.data_collator([rows[0], self.longest])
+        self.possible = can_be_taken_apart(sample)
+        self.joins = "packed_seq_lengths" in sample
+
+    @property
+    def steps(self) -> int:
+        return int(self.trainer.state.max_steps)
+
+    @property
+    def may_pad_instead(self) -> bool:
+        """Packed rows hold several sequences that only joined passes keep apart."""
+        return self.joins and not self.trainer.args.packing
+
+    def cost(self, room: int, *, joined: bool, checkpointing: bool) -> PassCost | None:
+        """Measures a pass of one row and one of as many as fit; None when not even one row fits."""
+        set_checkpointing(self.trainer.model, on=checkpointing)
+        small = self._timed(1, joined=joined)
+        if small is None:
+            return None
+        for rows in self.sizes.row_counts():
+            # Some of what one row takes does not grow with rows, so twice as much is worth a try.
+            large = self._timed(rows, joined=joined) if rows > 1 and rows * small[2] <= 2 * room else None
+            if large is not None:
+                return PassCost.through(joined, checkpointing, small, large)
+        return PassCost.through(joined, checkpointing, small, small)
+
+    def _timed(self, rows: int, *, joined: bool) -> tuple[int, float, float] | None:
+        """Tokens, seconds and bytes of a pass of so many of the longest rows; None when it does not fit."""
+        self.free()
+        held, peak = memory_bytes(), Peak()
+        try:
+            # The first one compiles and fills caches.
+            tokens, _ = self._pass(rows, joined=joined)
+            seconds = min(self._pass(rows, joined=joined)[1] for _ in range(TIMED_PASSES))
+        except Exception as error:
+            if exhausted(error, "") is None:
+                raise
+            # The traceback's frames hold the tensors that did not fit.
+            traceback.clear_frames(error.__traceback__)
+            return None
+        finally:
+            self.free()
+        return tokens, seconds, float(max(peak.bytes() - held, 0))
+
+    def _pass(self, rows: int, *, joined: bool) -> tuple[int, float]:
+        self.check()
+        trainer = self.trainer
+        sequences = sequences_of(trainer.data_collator([self.longest] * rows))
+        inputs = _inputs(sequences, self.sizes, _pad_token_id(trainer), joined=joined)
+        tokens = int(inputs["input_ids"].numel())
+        learnt = max(int((inputs["labels"] != IGNORED_LABEL).sum()), 1)
+        wait_for_device(trainer)
+        begin = time.perf_counter()
+        trainer.one_pass(trainer.model_wrapped, inputs, learnt)
+        wait_for_device(trainer)
+        return tokens, time.perf_counter() - begin
+
+    def free(self) -> None:
+        """Gives back gradients and what the allocator keeps: the peak is read from it."""
+        import torch
+
+        self.trainer.model.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
