@@ -43,7 +43,7 @@ test: $(READY) $(GENERATE_READY) $(NODE_READY) toolchain ## every check and ever
 	@.venv/bin/python scripts/stages.py test
 
 .PHONY: lint
-lint: $(READY) $(GENERATE_READY) $(NODE_READY) toolchain ## the checks that run no tests: style, types, imports, protos, stubs
+lint: $(READY) $(GENERATE_READY) $(NODE_READY) toolchain ## the checks that run no tests: style, types, imports, protos (and the last release), stubs
 	@.venv/bin/python scripts/stages.py lint
 
 .PHONY: format
