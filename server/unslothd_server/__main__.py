@@ -33,6 +33,7 @@ from unslothd_server.errors import ExhaustedError
 from unslothd_server.flags import with_setting_flags
 from unslothd_server.home_lock import HomeLock, HomeTakenError
 from unslothd_server.rpc.server import RpcServer
+from unslothd_server.state_versions import NewerStateError, refuse_newer
 from unslothd_server.workers.devices import HostDevices
 from unslothd_server.workers.launcher import WORKER_COMMAND, LocalLauncher
 from unslothd_server.workers.row_checker import SubprocessRowChecker
@@ -80,7 +81,7 @@ def serve_command(
         raise typer.Exit(report_start(settings))
     try:
         asyncio.run(serve(settings))
-    except (OSError, HomeTakenError, ExhaustedError) as error:
+    except (OSError, HomeTakenError, NewerStateError, ExhaustedError) as error:
         known = disk.unwritable(error, settings.home, "start again") if isinstance(error, OSError) else None
         typer.echo(f"unslothd serve: {error if known is None else known}", err=True)
         raise typer.Exit(1) from None
@@ -100,6 +101,7 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_
     for folder in (settings.home, settings.output_root):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = HomeLock(settings.home)  # before anything that an earlier server left is touched
+    refuse_newer(settings.home)
     service = await build_service(settings, worker_command=worker_command)
     audit = access_setup.audit_log(settings)
     server = RpcServer(

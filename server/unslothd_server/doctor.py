@@ -10,7 +10,7 @@ import typer
 
 from unslothd_server.checks import host, network, packages
 from unslothd_server.checks.finding import Finding, Level, count, lines, ok, problem
-from unslothd_server.checks.start import folder_findings, model_root_findings, port_finding
+from unslothd_server.checks.start import folder_findings, model_root_findings, port_finding, state_finding
 from unslothd_server.command_line import run_command
 from unslothd_server.config import Settings
 from unslothd_server.config_sources import ConfigError, load_settings
@@ -78,6 +78,7 @@ def _findings(flags: dict[str, object], config: Path | None, import_seconds: flo
 def _findings_of_settings(settings: Settings) -> Iterator[Finding]:
     holder = holder_of(settings.home)
     yield ok("server", "no server uses this home" if holder is None else f"process {holder} serves this home")
+    yield state_finding(settings.home)
     yield from folder_findings(settings)
     yield host.mode_finding(settings.home)
     yield host.file_system_finding(settings.home)

@@ -8,6 +8,7 @@ from typing import cast
 from unslothd_server.checks.finding import Finding, Level, count, lines, ok, problem, warning
 from unslothd_server.config import Settings, split_address
 from unslothd_server.home_lock import holder_of
+from unslothd_server.state_versions import NewerStateError, refuse_newer
 
 
 def report_start(settings: Settings) -> int:
@@ -28,10 +29,21 @@ def start_findings(settings: Settings) -> list[Finding]:
     """Returns what a start with these settings would find. A problem is what it would refuse."""
     return [
         _home_lock(settings.home),
+        state_finding(settings.home),
         *folder_findings(settings),
         port_finding(settings.listen),
         *model_root_findings(settings),
     ]
+
+
+def state_finding(home: Path) -> Finding:
+    """Whether this server can read what is in the home."""
+    try:
+        refuse_newer(home)
+    except NewerStateError as error:
+        text, _, mend = str(error).partition(". Nothing was changed. ")
+        return problem("state", text, mend)
+    return ok("state", "this server reads all that is in the home")
 
 
 def folder_findings(settings: Settings) -> list[Finding]:

@@ -77,12 +77,25 @@ def _compare(folder: Path, list_name: str, *, contents: bool) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A manifest or receipt; None when it is none."""
+    """A manifest or receipt; None when it is none.
+
+    Raises:
+        PreconditionError: A newer version wrote the manifest (CHECKPOINT_DAMAGED); it must not be taken for damage,
+            which is removed.
+    """
     try:
         listing = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return listing if isinstance(listing, dict) and isinstance(listing.get("files"), dict) else None
+    if not isinstance(listing, dict) or not isinstance(listing.get("files"), dict):
+        return None
+    if listing.get("manifest_version", 0) > MANIFEST_VERSION:
+        raise PreconditionError(
+            ErrorReason.ERROR_REASON_CHECKPOINT_DAMAGED,
+            f"{path} has version {listing['manifest_version']}, and this server reads up to {MANIFEST_VERSION}: "
+            "a newer one wrote it. Go on with that version.",
+        )
+    return listing
 
 
 @dataclass(frozen=True)

@@ -102,5 +102,5 @@ class RunFigures:
         self.clock.go_on_from(state["seconds"])
         self.evaluations = Evaluations(**state["evaluations"])
         self.interval = LogInterval(**state["interval"])
-        self.split = PassSplit(**state["split"])
+        self.split = PassSplit(**state.get("split", {}))  # the first checkpoints had none
         self.saved_step = step

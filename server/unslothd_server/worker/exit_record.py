@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+RECORD_VERSION = 1  # records without a version are of 1 too
+
 
 @dataclass(frozen=True)
 class ExitRecord:
@@ -25,7 +27,7 @@ class ExitRecord:
 def write_exit_record(path: Path, record: ExitRecord) -> None:
     """Writes the record whole or not at all."""
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(asdict(record)))
+    draft.write_text(json.dumps({"version": RECORD_VERSION, **asdict(record)}))
     draft.replace(path)
 
 
@@ -33,8 +35,8 @@ def read_exit_record(path: Path, pid: int) -> ExitRecord | None:
     """Returns the record that the process `pid` wrote; None when it wrote none."""
     try:
         fields: dict[str, Any] = json.loads(path.read_text())
-        record = ExitRecord(**fields)
-    except (OSError, ValueError, TypeError):
+        record = ExitRecord(fields["pid"], fields["exit_code"], fields["reason"])
+    except (OSError, ValueError, TypeError, KeyError):
         return None
     return record if record.pid == pid else None
 

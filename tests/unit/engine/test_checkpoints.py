@@ -115,3 +115,14 @@ def test_the_newest_ones_and_the_best_one_are_kept(
         make(tmp_path, step, eval_loss=loss)
     checkpoints.remove_surplus(tmp_path, keep)
     assert sorted(checkpoints.step_of(path) for path in tmp_path.iterdir()) == left
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
+    newer = make(tmp_path, 6)
+    manifest = json.loads((newer / "manifest.json").read_text())
+    (newer / "manifest.json").write_text(json.dumps({**manifest, "manifest_version": 2}))
+    with pytest.raises(PreconditionError, match="has version 2, and this server reads up to 1"):
+        checkpoints.choose(newer, [make(tmp_path, 3)])
+    with pytest.raises(PreconditionError, match="Go on with that version"):
+        checkpoints.remove_after(tmp_path, 6)
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-6"]

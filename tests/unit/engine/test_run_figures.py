@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 
 from unslothd_server.engine.memory import PeakMemory
-from unslothd_server.engine.run_figures import Evaluations, LogInterval, RunFigures
+from unslothd_server.engine.passes import PassSplit
+from unslothd_server.engine.run_figures import STATE_NAME, Evaluations, LogInterval, RunFigures
 from unslothd_server.engine.step_clock import StepClock
 
 
@@ -46,3 +47,14 @@ def test_everything_that_a_resume_needs_survives_in_the_checkpoint(tmp_path: Pat
     assert after.clock.elapsed() == 12.5
     assert (after.evaluations, after.interval) == (before.evaluations, before.interval)
     assert after.saved_step == 6
+
+
+def test_a_checkpoint_of_the_first_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / STATE_NAME).write_text(
+        '{"seconds": 12.5, '
+        '"evaluations": {"loss": 0.1, "step": 4, "over_step": 5, "best_loss": 0.1, "without_gain": 0}, '
+        '"interval": {"step": 4, "tokens": 1000, "seconds": 10.0, "loss_sum": 0.3}}'
+    )
+    after = RunFigures(StepClock(), PeakMemory())
+    after.restore(tmp_path, 6)
+    assert (after.clock.elapsed(), after.interval.tokens, after.split) == (12.5, 1000, PassSplit())
