@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from unslothd._version import __version__
 from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
+from unslothd_server.access import tokens
 from unslothd_server.app import artifacts, dataset_store, model_store, training_store
 from unslothd_server.worker import exit_record, layout
 
@@ -53,6 +54,7 @@ STATE_FILES = (
     StateFile("trainings/*/training.json", training_store.STATE_VERSION),
     StateFile("datasets/*/meta.json", dataset_store.META_VERSION),
     StateFile("artifacts/*.json", artifacts.STATE_VERSION),
+    StateFile("tokens.json", tokens.STATE_VERSION),
     StateFile("workers/*/bootstrap.binpb", layout.BOOTSTRAP_VERSION, _bootstrap_version),
     StateFile("workers/*/exit.json", exit_record.RECORD_VERSION),
 )

@@ -25,7 +25,7 @@ log = structlog.get_logger()
 # Secret scanners find tokens by this: usd_ and 64 hexadecimal digits.
 PREFIX = "usd_"
 _SECRET_BYTES = 32
-_VERSION = 1
+STATE_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
@@ -90,8 +90,10 @@ class TokenFile:
             return []
         try:
             content = json.loads(text)
-            if content["version"] != _VERSION:
-                raise TokensError(f"{self.path} is of version {content['version']}; this unslothd reads {_VERSION}.")
+            if content["version"] != STATE_VERSION:
+                raise TokensError(
+                    f"{self.path} is of version {content['version']}; this unslothd reads {STATE_VERSION}."
+                )
             return [_token_from(each) for each in content["tokens"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TokensError(
@@ -131,7 +133,7 @@ class TokenFile:
             tokens = self.read()
             yield tokens
             kept = [{"sha256": token.sha256, **told(token)} for token in tokens]
-            write_json(self.path, {"version": _VERSION, "tokens": kept})
+            write_json(self.path, {"version": STATE_VERSION, "tokens": kept})
         finally:
             os.close(lock)
 

@@ -15,9 +15,11 @@ from support.older_homes import move_in, unpack
 from support.running_server import RunningServer
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.dataset_pb2 import DatasetSource
+from unslothd.v1.server_info_pb2 import Scope
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_pb2 import Training
 from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
+from unslothd_server.access.tokens import TokenFile
 from unslothd_server.event_log import EventLogReader
 from unslothd_server.state_versions import STATE_FILES, NewerStateError, StateFile, refuse_newer
 from unslothd_server.worker.exit_record import read_exit_record
@@ -123,6 +125,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_newer_file_of_any_kind_is_told_with_its_version(kind: StateFile, tmp_path: Path):
     move_in("b30ecef", tmp_path)
     move_in("c317962", tmp_path)
+    TokenFile(tmp_path / "home").create("laptop", Scope.SCOPE_READ, None)
     refuse_newer(tmp_path / "home")
     path = next(iter((tmp_path / "home").glob(kind.pattern)))
     (newer_bootstrap if path.suffix == ".binpb" else newer_json)(path)
