@@ -1,10 +1,12 @@
-"""Certificates of the cases with TLS: what the server shows, and what a case gives to its client."""
+"""Certificates and tokens of the cases with TLS: what the server shows, and what a case gives to its client."""
 
 from pathlib import Path
 
 import grpc
 
 from support.certificates import Authority
+from support.running_server import RunningServer
+from support.secure_server import SecureServer
 
 
 class Certificates:
@@ -12,11 +14,13 @@ class Certificates:
 
     Args:
         folder: Where the files go.
+        real: The server of cases without a script, whose authority and tokens are taken if it has them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, real: RunningServer) -> None:
         self._folder = folder
-        self._authority: Authority | None = None
+        self._authority = real.authority if isinstance(real, SecureServer) else None
+        self._tokens = real.tokens if isinstance(real, SecureServer) else {}
 
     @property
     def authority(self) -> Authority:
@@ -39,7 +43,7 @@ class Certificates:
         return grpc.ssl_server_credentials([pair])
 
     def names(self) -> dict[str, str]:
-        """What a case can give to its client, as paths."""
+        """What a case can give to its client: paths, and a token of each scope."""
         certificate, key = self.authority.client("client")
         stranger = Authority(self._folder / "stranger")
         return {
@@ -47,4 +51,5 @@ class Certificates:
             "stranger": str(stranger.ca),
             "client_cert": str(certificate),
             "client_key": str(key),
+            **{f"{scope}_token": token for scope, token in self._tokens.items()},
         }

@@ -8,6 +8,7 @@ import pytest
 
 from conformance.languages import LANGUAGES
 from support.running_server import RunningServer
+from support.secure_server import SecureServer
 
 _MARKS = {"passed": "✓", "failed": "✗", "skipped": "–"}
 _outcomes: dict[str, dict[str, str]] = {}
@@ -21,11 +22,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with RunningServer(tmp_path_factory.mktemp("conformance"), fake_workers=True) as running:
-        folder = running.model_root / "tiny"
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        (folder / "fake.json").write_text(json.dumps({"token_seconds": 0.01}))
+        _a_model(running)
         yield running
+
+
+@pytest.fixture(scope="session")
+def secure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureServer]:
+    with SecureServer(tmp_path_factory.mktemp("secure")) as running:
+        _a_model(running)
+        yield running
+
+
+def _a_model(server: RunningServer) -> None:
+    folder = server.model_root / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "fake.json").write_text(json.dumps({"token_seconds": 0.01}))
 
 
 @pytest.fixture(scope="session")

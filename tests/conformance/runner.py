@@ -88,7 +88,7 @@ def run(case: Data, language: Language, server: RunningServer, folder: Path) -> 
 def surroundings(case: Data, server: RunningServer, folder: Path) -> Iterator[Surroundings]:
     """Makes what the case needs: a scripted server if it has a script, else the real one; always behind a proxy."""
     with ExitStack() as stack:
-        certificates = Certificates(folder / "certificates")
+        certificates = Certificates(folder / "certificates", server)
         scripted = ScriptedServer(certificates.server(case.get("tls", ""))) if "script" in case else None
         target = server.target if scripted is None else scripted.target
         if scripted is not None:

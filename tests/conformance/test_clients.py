@@ -14,7 +14,6 @@ from support.running_server import RunningServer
 def test_the_client_does_what_the_case_says(
     case: Data,
     language: str,
-    server: RunningServer,
     built: set[str],
     tmp_path: Path,
     record_property,
@@ -28,4 +27,5 @@ def test_the_client_does_what_the_case_says(
     if language not in built:
         LANGUAGES[language].built()
         built.add(language)
+    server: RunningServer = request.getfixturevalue("secure_server" if case.get("tls") == "real" else "server")
     run(case, LANGUAGES[language], server, tmp_path)

@@ -92,13 +92,24 @@ class Attempt {
   async *requests(): AsyncGenerator<UploadDatasetRequest, void> {
     const { name = "", format, onProgress } = this.options;
     yield create(UploadDatasetRequestSchema, { part: { case: "header", value: { name, format, sha256: this.sha256 } } });
-    let done = 0;
+    const reading = chunks(this.data);
     try {
-      for await (const chunk of chunks(this.data)) {
+      for (let done = 0; ; ) {
+        const { value: chunk } = await this.#own(() => reading.next());
+        if (chunk === undefined) return;
         yield create(UploadDatasetRequestSchema, { part: { case: "chunk", value: chunk } });
         done += chunk.length;
-        onProgress?.({ done, total: this.total });
+        await this.#own(() => onProgress?.({ done, total: this.total }));
       }
+    } finally {
+      await reading.return();
+    }
+  }
+
+  /** Does what is not the connection's part. A call that ends early throws at the `yield`, which is no failure here. */
+  async #own<Result>(act: () => Result | Promise<Result>): Promise<Result> {
+    try {
+      return await act();
     } catch (failure) {
       this.failure = failure;
       throw failure;
