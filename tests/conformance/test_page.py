@@ -5,25 +5,20 @@ So does the Python of the other pages; their commands are in tests/integration/s
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
 from conformance.languages import LANGUAGES, ROOT
 from conformance.programs import SECONDS, run_go, run_python, run_typescript
 from doubles.fake_worker import fake_row
 from support.calls import prepared_model
-from support.certificates import Authority
 from support.pages import blocks, to_run
 from support.running_server import RunningServer
-from support.scripted_server import Say, ScriptedServer
-from unslothd.v1 import service_pb2
+from support.secure_server import SecureServer
 from unslothd.v1.training_pb2 import TrainingConfig
 
 PAGE = ROOT / "docs" / "clients.md"
-TOKEN = "planted-token"
 # Of a language: its fence on the page, and what runs it.
 RUNNERS = {
     "python": ("python", run_python),
@@ -33,16 +28,12 @@ RUNNERS = {
 
 
 @pytest.fixture
-def secure_server(tmp_path: Path) -> Iterator[ScriptedServer]:
-    """A server with TLS; what its clients need lies in the working folder, as the page has it."""
-    authority = Authority(tmp_path)
-    certificate, key = authority.server()
+def folder(secure_server: SecureServer, tmp_path: Path) -> Path:
+    """A working folder with what the page says lies there."""
+    (tmp_path / "ca.pem").write_bytes(secure_server.authority.ca.read_bytes())
     (tmp_path / "token").touch(0o600)
-    (tmp_path / "token").write_text(TOKEN)
-    running = ScriptedServer(grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())]))
-    running.script.on("GetServerInfo", Say.answer(service_pb2.GetServerInfoResponse()))
-    yield running
-    running.stop()
+    (tmp_path / "token").write_text(secure_server.tokens["read"])
+    return tmp_path
 
 
 def test_every_block_is_run_or_says_why_it_is_not():
@@ -53,7 +44,7 @@ def test_every_block_is_run_or_says_why_it_is_not():
 
 @pytest.mark.parametrize("language", RUNNERS)
 def test_the_blocks_of_a_language_run(
-    language: str, server: RunningServer, secure_server: ScriptedServer, built: set[str], tmp_path: Path
+    language: str, server: RunningServer, secure_server: SecureServer, built: set[str], folder: Path
 ):
     fence, runs = RUNNERS[language]
     if language == "typescript" and language not in built:
@@ -61,31 +52,31 @@ def test_the_blocks_of_a_language_run(
         built.add(language)
     (server.model_root / "rows.jsonl").write_text(fake_row(steps=2))
     names = {"127.0.0.1:50051": server.target, "gpu-host:50051": secure_server.target, "my-model": "tiny"}
-    printed = runs(to_run(PAGE, fence), tmp_path, names)
+    printed = runs(to_run(PAGE, fence), folder, names)
     assert "2 1" in printed  # step 2, loss 1
     assert "nobody" in printed  # the model that is not there
-    assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
-    assert secure_server.script.metadata[0]["authorization"] == f"Bearer {TOKEN}"
+    assert (folder / "my-adapter" / "adapter_config.json").is_file()
 
 
-def test_the_commands_of_the_page_run(server: RunningServer, tmp_path: Path):
-    (tmp_path / "protos").symlink_to(ROOT / "protos")
-    (tmp_path / "buf.yaml").symlink_to(ROOT / "buf.yaml")
+def test_the_commands_of_the_page_run(server: RunningServer, secure_server: SecureServer, folder: Path):
+    (folder / "protos").symlink_to(ROOT / "protos")
+    (folder / "buf.yaml").symlink_to(ROOT / "buf.yaml")
     path = os.pathsep.join([str(ROOT / ".tools" / "bin"), str(ROOT / ".venv-generate" / "bin"), os.environ["PATH"]])
     with prepared_model(server.stub(), "tiny") as model:
         for block in to_run(PAGE, "sh"):
-            code = block.replace("127.0.0.1:50051", server.target).replace("tiny-unsloth", model.model_id)
+            code = block.replace("127.0.0.1:50051", server.target).replace("gpu-host:50051", secure_server.target)
+            code = code.replace("tiny-unsloth", model.model_id)
             done = subprocess.run(
                 ["bash", "-euc", code],
                 check=False,
-                cwd=tmp_path,
-                env=os.environ | {"PATH": path},
+                cwd=folder,
+                env=os.environ | {"PATH": path, "UNSLOTHD_TOKEN": secure_server.tokens["read"]},
                 capture_output=True,
                 text=True,
                 timeout=SECONDS,
             )
             assert done.returncode == 0, f"{code}\n{done.stdout}{done.stderr}"
-    assert (tmp_path / "unslothd.binpb").stat().st_size > 0
+    assert (folder / "unslothd.binpb").stat().st_size > 0
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/datasets.md"])

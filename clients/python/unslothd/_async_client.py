@@ -51,7 +51,10 @@ class AsyncClient(_base.BaseClient):
 
     @cached_property
     def stub(self) -> "UnslothServiceAsyncStub":
-        """The generated stub, for calls that have no method here. Its errors are grpc.RpcError."""
+        """The generated stub, for calls that have no method here.
+
+        Its errors are grpc.RpcError, and its calls carry no token: pass metadata=(("authorization", "Bearer …"),).
+        """
         return UnslothServiceStub(self.channel)
 
     @cached_property

@@ -50,7 +50,10 @@ class Client(_base.BaseClient):
 
     @cached_property
     def stub(self) -> UnslothServiceStub:
-        """The generated stub, for calls that have no method here. Its errors are grpc.RpcError."""
+        """The generated stub, for calls that have no method here.
+
+        Its errors are grpc.RpcError, and its calls carry no token: pass metadata=(("authorization", "Bearer …"),).
+        """
         return UnslothServiceStub(self.channel)
 
     @cached_property
