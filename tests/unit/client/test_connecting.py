@@ -10,10 +10,12 @@ import pytest
 
 import unslothd
 from support.certificates import Authority
+from support.pages import ROOT, blocks
 from support.scripted_server import Say, ScriptedServer
-from unslothd import _connection, errors
+from unslothd import _connection, _profiles, errors
 from unslothd.v1 import service_pb2
 
+PAGE = ROOT / "docs" / "connecting.md"
 TOKEN = "unslothd_planted-token"
 SYSTEM = {"XDG_CONFIG_HOME": "/nowhere"}
 
@@ -278,3 +280,16 @@ def test_a_client_certificate_is_shown_to_a_server_that_asks_for_one(authority):
             assert client.server_info().server_version == "1"
     finally:
         running.stop()
+
+
+def test_the_profiles_of_the_page_can_be_read_and_every_variable_is_on_it(tmp_path: Path):
+    [shown] = [each.code for each in blocks(PAGE) if each.language == "toml"]
+    file = tmp_path / "config.toml"
+    file.write_text(shown)
+    assert _profiles.read(file, None) == {
+        "target": "gpu-host:50051",
+        "ca": str(tmp_path / "gpu-host-ca.pem"),
+        "token_file": str(tmp_path / "gpu-host-token"),
+    }
+    assert _profiles.read(file, "tunnel") == {"target": "127.0.0.1:50052"}
+    assert [name for name in _connection.VARIABLES.values() if name not in PAGE.read_text()] == []
