@@ -65,6 +65,11 @@ bench: $(READY) ## measure what the service costs
 chaos: $(READY) ## kill servers and workers under real trainings, and check that nothing is lost
 	@PYTHONPATH=tests:server:clients/python .venv/bin/python -m chaos $(CHAOS_ARGS)
 
+# Its options: make fuzz FUZZ_ARGS="--seed 7 --requests 100000"
+.PHONY: fuzz
+fuzz: $(READY) ## make a million valid and broken requests of every RPC, and check what comes back
+	@PYTHONPATH=tests:server:clients/python .venv/bin/python -m fuzz $(FUZZ_ARGS)
+
 .PHONY: generate
 generate: $(GENERATE_READY) $(NODE_READY) toolchain ## write the stubs of every language
 	@.venv-generate/bin/python scripts/generate.py

@@ -64,6 +64,7 @@ def test() -> dict[str, tuple[list[str], Path]]:
     typescript = ROOT / "clients" / "typescript"
     # Real servers with scripted workers: they wait more than they compute.
     scripted = [f"tests/integration/{name}" for name in ("server", "worker", "mcp", "test_demo_pieces.py")]
+    scripted.append("tests/fuzz")
     return {
         "test go": (["go", "test", "-v", "./..."], ROOT / "clients" / "go"),
         "test typescript": (["npm", "test", "--silent"], typescript),

@@ -142,7 +142,7 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
         launcher,
         HostDevices(),
         # An adapter that was trained on a .gguf file names its conversion in the cache as its base model.
-        AllowedRoots([*settings.model_roots, settings.output_root, settings.home / "cache"]),
+        AllowedRoots([*settings.model_roots, settings.output_root], untold=[settings.home / "cache"]),
         ModelStore(settings.home / "models"),
         max_loaded=settings.max_loaded_models,
         result_of=lambda training_id, step: trainings.result_of(training_id, step),  # noqa: PLW0108 - made below

@@ -1,5 +1,7 @@
 """THE table from exception to gRPC status, and the way there and back through google.rpc.Status."""
 
+from urllib.parse import quote
+
 from google.protobuf.any_pb2 import Any
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # pyright: ignore[reportMissingTypeStubs]
 
@@ -7,6 +9,11 @@ from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd_server import errors
 
 DOMAIN = "unslothd"
+# Trailers carry the text twice, once inside the details as base64, beside names and what gRPC adds: 8 KiB in all.
+_MAX_TEXT_BYTES = 2000
+_MAX_FIELD_BYTES = 400
+_MAX_FIELDS_BYTES = 1500
+_SENT_AS_IT_IS = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 CODES: dict[type[errors.UnslothdError], code_pb2.Code] = {
     errors.InvalidFieldsError: code_pb2.INVALID_ARGUMENT,
@@ -44,8 +51,50 @@ def to_status(error: errors.UnslothdError) -> status_pb2.Status:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_seconds * 1e9))
         details.append(_packed(retry))
-    code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
-    return status_pb2.Status(code=code, message=error.message, details=details)
+    return status_pb2.Status(code=CODES[type(error)], message=error.message, details=details)
+
+
+def fit_to_send(status: status_pb2.Status) -> status_pb2.Status:
+    """Returns the status, cut so that it fits into the trailers of a call, whose usual limit is 8 KiB.
+
+    A text keeps its begin and its end, which is the next step; of many wrong fields the first ones stay. Without this,
+    clients would drop the whole status of a request that was wrong in a long way.
+    """
+    fitting = status_pb2.Status()
+    fitting.CopyFrom(status)
+    fitting.message = _cut(status.message, _MAX_TEXT_BYTES)
+    bad_request = error_details_pb2.BadRequest()
+    for detail in fitting.details:
+        if detail.Unpack(bad_request):
+            detail.Pack(_first_fields(bad_request))
+    return fitting
+
+
+def _first_fields(bad_request: error_details_pb2.BadRequest) -> error_details_pb2.BadRequest:
+    kept = error_details_pb2.BadRequest()
+    for each in bad_request.field_violations:
+        kept.field_violations.add(
+            field=_cut(each.field, _MAX_FIELD_BYTES), description=_cut(each.description, _MAX_FIELD_BYTES)
+        )
+        if kept.ByteSize() > _MAX_FIELDS_BYTES:
+            del kept.field_violations[-1]
+            break
+    return kept
+
+
+def _cut(text: str, most: int) -> str:
+    """Cuts the middle out of a text so that it is sent in `most` bytes: each byte that is not ASCII takes three."""
+    if len(_sent(text)) <= most:
+        return text
+    head, tail = text[: most * 2 // 3], text[-most // 3 :]
+    while len(_sent(f"{head} … {tail}")) > most:
+        head, tail = head[: len(head) * 9 // 10], tail[len(tail) // 10 + 1 :]
+    return f"{head} … {tail}"
+
+
+def _sent(text: str) -> str:
+    """The text as gRPC sends it."""
+    return quote(text, safe=_SENT_AS_IT_IS, errors="replace")
 
 
 def from_status(status: status_pb2.Status) -> errors.UnslothdError | None:

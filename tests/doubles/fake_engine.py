@@ -321,12 +321,15 @@ def _rows_and_script(request: StartTrainingRequest) -> tuple[int, Script]:
     if source.WhichOneof("origin") != "path":
         return 1, {}
     path = Path(source.path)
-    if not path.exists():
+    if not path.is_file():
         raise NotFoundError(
             ErrorReason.ERROR_REASON_DATASET_NOT_FOUND, f"There is no dataset at {path}. Check the path."
         )
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    first = json.loads(lines[0]) if lines and lines[0].startswith("{") else {}
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        first = json.loads(lines[0]) if lines and lines[0].startswith("{") else {}
+    except ValueError as error:  # not UTF-8, not JSON
+        raise DatasetError(ErrorReason.ERROR_REASON_DATASET_ROW, f"Row 1 cannot be used: {error}. Mend it.") from None
     return len(lines), first.get("fake", {})
 
 

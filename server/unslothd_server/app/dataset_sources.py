@@ -59,7 +59,9 @@ def resolve_dataset(source: DatasetSource, field: str, roots: AllowedRoots, stor
             raise InvalidFieldsError(
                 [FieldViolation(f"{field}.path", f"must end in {', '.join(FILE_SUFFIXES)}, or be a folder")]
             )
-        result.path = str(path.resolve())
+        if path.is_dir():
+            roots.check_inside(path)
+        result.path = str(path)
     return result
 
 

@@ -14,6 +14,7 @@ from unslothd.v1.artifact_pb2 import ArtifactFile
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.service_pb2 import DownloadArtifactRequest, DownloadArtifactResponse
 from unslothd_server.app.artifacts import Artifacts
+from unslothd_server.app.files import open_inside
 from unslothd_server.errors import NotFoundError, OutOfRangeError
 from unslothd_server.export_folder import regular_files
 
@@ -87,7 +88,7 @@ class Downloads:
         return Folder(title, path, _checkpoint_files(path))
 
     async def _send(self, folder: Folder, file: ArtifactFile, offset: int) -> AsyncIterator[DownloadArtifactResponse]:
-        stream = await asyncio.to_thread(_open, folder, file)
+        stream = await asyncio.to_thread(_open, folder, file, self._root)
         try:
             header = ArtifactFile(name=file.name, num_bytes=file.num_bytes, sha256=file.sha256)
             if not header.sha256:
@@ -140,7 +141,8 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]]:
     """What the folder's manifest or receipt says of its files; empty without one that can be read."""
     for name in _LISTS:
         try:
-            files = json.loads((folder / name).read_bytes())["files"]
+            with open_inside(folder / name, folder) as stream:
+                files = json.load(stream)["files"]
             return {str(key): dict(value) for key, value in files.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
@@ -168,15 +170,12 @@ def _check_offset(files: list[ArtifactFile], offset: int) -> None:
         )
 
 
-def _open(folder: Folder, file: ArtifactFile) -> BufferedReader:
-    """Opens a file that is still what it was: a regular one, in this folder, of the size that was told."""
-    path = folder.path / file.name
-    if not path.resolve().is_relative_to(folder.path.resolve()):
-        raise _changed(folder, file, "it is a link to another place")
+def _open(folder: Folder, file: ArtifactFile, root: Path) -> BufferedReader:
+    """Opens a file that is still what it was: a regular one, below the output root, of the size that was told."""
     try:
-        stream = path.open("rb")
+        stream = open_inside(folder.path / file.name, root)
     except OSError as error:
-        raise _changed(folder, file, error.strerror or "it cannot be read") from error
+        raise _changed(folder, file, error.strerror or str(error)) from error
     size = os.fstat(stream.fileno()).st_size
     if size != file.num_bytes:
         stream.close()

@@ -12,6 +12,7 @@ from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.model_pb2 import LoadProgress
 from unslothd.v1.service_pb2 import LoadModelRequest
 from unslothd.worker.v1 import worker_service_pb2 as worker_pb2
+from unslothd_server.app.files import open_inside
 from unslothd_server.app.memory_admission import MemoryAdmission
 from unslothd_server.app.models import DEFAULT_MAX_SEQ_LENGTH, Models
 from unslothd_server.app.ports import WorkerLauncher
@@ -91,7 +92,8 @@ class CheckpointFiles:
                 if path.suffix in _ADAPTER_SUFFIXES and name not in _TRAINERS_FILES:
                     copy = work / name
                     copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, copy)
+                    with open_inside(path, self._folder) as source, copy.open("wb") as stream:
+                        shutil.copyfileobj(source, stream)
             files = hashed_files(work)
             size = sum(file.num_bytes for file in files)
             report(ExportProgress(phase="hashing", done=size, total=size))

@@ -1,9 +1,11 @@
-"""Files of state: replaced in one step, on the disk before anyone relies on them; set aside when they are damaged."""
+"""Files: of state, replaced in one step and set aside when damaged; of results, opened only where they belong."""
 
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,3 +51,22 @@ def read_or_set_aside(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | N
             path.replace(aside)
         log.warning("a file is damaged and set aside", file=str(path), now=str(aside), error=str(error))
     return None
+
+
+def open_inside(path: Path, folder: Path) -> BufferedReader:
+    """Opens a regular file for reading, and looks at what was opened: nothing can be swapped in between.
+
+    Args:
+        path: The file; its last part is no link.
+        folder: Where it must really lie, links of the parts before followed.
+
+    Raises:
+        OSError: It is not there, is a link, a pipe or a device, or lies elsewhere.
+    """
+    # A pipe that nobody writes to would be waited for, without O_NONBLOCK.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    if regular and Path(f"/proc/self/fd/{descriptor}").readlink().is_relative_to(folder.resolve()):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError("it lies in another place" if regular else "it is no regular file")

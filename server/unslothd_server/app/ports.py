@@ -63,11 +63,7 @@ class Worker(Protocol):
         ...
 
     async def stop(self) -> WorkerExit:
-        """Ends the process by the bounded stop ladder; returns once it is gone. Repeatable.
-
-        Raises:
-            WorkerStuckError: Not even SIGKILL ended it in time.
-        """
+        """Ends the process by the bounded stop ladder; returns once it is gone. Repeatable."""
         ...
 
     async def detach(self) -> None:

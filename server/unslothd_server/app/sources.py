@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unslothd.v1.error_reason_pb2 import ErrorReason
-from unslothd_server.app.paths import AllowedRoots
+from unslothd_server.app.paths import AllowedRoots, is_file_or_folder
 from unslothd_server.errors import FieldViolation, InvalidFieldsError, NotFoundError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$")
@@ -46,14 +46,14 @@ def resolve_model_source(name: str, roots: AllowedRoots, result_of: Callable[[st
             raise InvalidFieldsError(
                 [FieldViolation("model_name", f'"checkpoint-{checkpoint}" names no step; write e.g. "checkpoint-40"')]
             )
-        return _local(result_of(training_id, int(checkpoint or 0)), training_id, roots)
+        return _local(result_of(training_id, int(checkpoint or 0)).resolve(), training_id, roots)
     if _is_path(name):
         path = roots.require(name, ErrorReason.ERROR_REASON_MODEL_SOURCE_NOT_FOUND, "model")
-        return _local(path, path.stem if path.suffix == ".gguf" else path.name, roots)
+        return _local(path, _base_id(name, path), roots)
     if _HUB_ID.fullmatch(name):
         path = roots.find(name)
         if path is not None:
-            return _local(path, path.name, roots)
+            return _local(path, _base_id(name, path), roots)
         return ModelSource(source=name, path=None, base_id=name.rpartition("/")[2])
     raise InvalidFieldsError(
         [
@@ -70,9 +70,16 @@ def _is_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or name.endswith(".gguf") or name.count("/") > 1
 
 
+def _base_id(name: str, path: Path) -> str:
+    """The last part of the name as it was asked for, which may be a link's; of "..", what it leads to."""
+    asked = Path(name)
+    last = path if asked.name in {"", ".", ".."} else asked
+    return last.stem if last.suffix == ".gguf" else last.name
+
+
 def _local(path: Path, base_id: str, roots: AllowedRoots) -> ModelSource:
-    path = path.resolve()
     if path.is_dir():
+        roots.check_inside(path)
         if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
             raise NotFoundError(
                 ErrorReason.ERROR_REASON_MODEL_SOURCE_NOT_FOUND,
@@ -98,5 +105,5 @@ def _check_base(folder: Path, roots: AllowedRoots) -> None:
         raise NotFoundError(
             ErrorReason.ERROR_REASON_MODEL_SOURCE_NOT_FOUND, f'"{config}" is not readable JSON; save the adapter again.'
         ) from None
-    if isinstance(base, str) and (_is_path(base) or Path(base).exists()):
+    if isinstance(base, str) and (_is_path(base) or is_file_or_folder(Path(base))):
         roots.check(Path(base))

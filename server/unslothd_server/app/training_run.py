@@ -109,7 +109,7 @@ class TrainingRun:
         """Writes an event of the server's own; only while no worker has the training.
 
         Raises:
-            UnslothdError: The disk takes no more (DISK_FULL, NOT_WRITABLE). Nothing was shown.
+            ExhaustedError: The disk takes no more (DISK_FULL). Nothing was shown.
         """
         self._number(event)
         with contextlib.closing(EventLogWriter(self.store.event_log(self.training_id))) as writer:
@@ -159,7 +159,7 @@ class TrainingRun:
         """Keeps everything but the log, which keeps itself.
 
         Raises:
-            UnslothdError: The disk takes no more (DISK_FULL, NOT_WRITABLE).
+            ExhaustedError: The disk takes no more (DISK_FULL).
         """
         self.store.save(self.stored)
 

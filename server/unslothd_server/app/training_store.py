@@ -19,7 +19,7 @@ from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
 from unslothd_server import disk
 from unslothd_server.app.files import read_or_set_aside, write_json
 from unslothd_server.app.model_store import StoredModel
-from unslothd_server.app.paths import has_content
+from unslothd_server.app.paths import AllowedRoots, has_content
 from unslothd_server.errors import AlreadyExistsError, UnslothdError
 from unslothd_server.event_log import EVENT_LOG_NAME
 
@@ -134,9 +134,11 @@ class TrainingStore:
 
         Raises:
             AlreadyExistsError: The user's choice holds results, or will.
+            PermissionDeniedError: A link leads out of the output root (PATH_NOT_ALLOWED).
         """
         taken = set(taken)
         candidate, number = self.output_root / name, 2
+        AllowedRoots([self.output_root]).check(candidate)
         while str(candidate) in taken or has_content(candidate):
             if explicit:
                 raise AlreadyExistsError(
@@ -155,7 +157,7 @@ class TrainingStore:
             digest: SHA-256 of the request.
 
         Raises:
-            UnslothdError: The disk takes no more (DISK_FULL, NOT_WRITABLE). Nothing of the training stays.
+            ExhaustedError: The disk takes no more (DISK_FULL). Nothing of the training stays.
         """
         folder = self.folder_of(draft.training.training_id)
         try:
@@ -186,7 +188,7 @@ class TrainingStore:
         """Replaces training.json in one step.
 
         Raises:
-            UnslothdError: The disk takes no more (DISK_FULL, NOT_WRITABLE). The file is as it was.
+            ExhaustedError: The disk takes no more (DISK_FULL). The file is as it was.
         """
         content = {
             "version": STATE_VERSION,

@@ -22,7 +22,7 @@ from unslothd_server.errors import UnexpectedError, UnslothdError
 from unslothd_server.rpc.call_ids import ids_in
 from unslothd_server.rpc.gate import Context, Gate
 from unslothd_server.rpc.intake import Intake
-from unslothd_server.status import to_status
+from unslothd_server.status import fit_to_send, to_status
 
 log = structlog.get_logger()
 
@@ -146,7 +146,7 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it becomes a status
             known = _known(rpc, error)
-            status: Any = rpc_status.to_status(to_status(known))  # pyright: ignore[reportUnknownMemberType]
+            status: Any = rpc_status.to_status(fit_to_send(to_status(known)))  # pyright: ignore[reportUnknownMemberType]
             over(status.code.name, known.reason_name)
             await context.abort(status.code, status.details, status.trailing_metadata)
         else:

@@ -9,7 +9,7 @@ import grpc
 from grpc_status import rpc_status
 
 from unslothd_server.errors import UnexpectedError, UnslothdError
-from unslothd_server.status import to_status
+from unslothd_server.status import fit_to_send, to_status
 
 _log = logging.getLogger(__name__)
 
@@ -46,5 +46,5 @@ def aborting(context: grpc.ServicerContext, doing: str) -> Generator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - the boundary: every bug becomes INTERNAL with an id
-        status = to_status(as_unslothd_error(error, doing))
+        status = fit_to_send(to_status(as_unslothd_error(error, doing)))
         context.abort_with_status(rpc_status.to_status(status))  # pyright: ignore[reportUnknownMemberType]

@@ -172,9 +172,11 @@ class UnslothServiceServicer(object):
 
     def LoadModel(self, request, context):
         """Loads a model into a worker of its own: progress, then the Model as the last message.
-        Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND), PERMISSION_DENIED (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED),
-        FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY,
-        TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+        Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), PERMISSION_DENIED
+        (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED), FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED, TRAINING_STATE:
+        the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile), RESOURCE_EXHAUSTED
+        (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED
+        (WORKER_DIED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -237,8 +239,7 @@ class UnslothServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDataset(self, request, context):
-        """Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
-        that needs the same bytes uploaded again.
+        """Removes a stored dataset.
         Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -261,8 +262,7 @@ class UnslothServiceServicer(object):
         (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
         OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
         (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-        DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
-        WORKER_UNRESPONSIVE).
+        DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -311,11 +311,9 @@ class UnslothServiceServicer(object):
     def ResumeTraining(self, request, context):
         """Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
         A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-        on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
-        is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
-        training waits for it and tells so by a WAITING_FOR_MEMORY warning.
-        Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
-        (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+        on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+        Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+        (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -334,8 +332,8 @@ class UnslothServiceServicer(object):
         the model. A half-written export is never seen under its final name. It goes on without its caller, and an equal
         call attaches to it while it runs.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
-        MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
-        INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
+        MODEL_BUSY, EXPORT_UNSUPPORTED, TRAINING_STATE), PERMISSION_DENIED (PATH_NOT_ALLOWED), ALREADY_EXISTS
+        (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL, INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -343,8 +341,9 @@ class UnslothServiceServicer(object):
 
     def DownloadArtifact(self, request, context):
         """Streams the files of an artifact or a checkpoint, in the order of their names.
-        Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
-        (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
+        Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION
+        (TRAINING_STATE) for the result of a training that has none yet, OUT_OF_RANGE (OFFSET_OUT_OF_RANGE) for an offset
+        beyond the first file.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,9 +48,11 @@ class UnslothServiceStub:
     """
     LoadModel: _grpc.UnaryStreamMultiCallable[_service_pb2.LoadModelRequest, _service_pb2.LoadModelResponse]
     """Loads a model into a worker of its own: progress, then the Model as the last message.
-    Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND), PERMISSION_DENIED (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED),
-    FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY,
-    TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+    Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), PERMISSION_DENIED
+    (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED), FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED, TRAINING_STATE:
+    the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile), RESOURCE_EXHAUSTED
+    (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED
+    (WORKER_DIED).
     """
     PrepareForTraining: _grpc.UnaryUnaryMultiCallable[_service_pb2.PrepareForTrainingRequest, _service_pb2.PrepareForTrainingResponse]
     """Attaches trainable parameters and sets the model's training config. Repeatable: with the same (or no) lora it
@@ -77,8 +79,7 @@ class UnslothServiceStub:
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListDatasetsRequest, _service_pb2.ListDatasetsResponse]
     """Stored datasets, newest first."""
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_service_pb2.DeleteDatasetRequest, _service_pb2.DeleteDatasetResponse]
-    """Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
-    that needs the same bytes uploaded again.
+    """Removes a stored dataset.
     Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
     """
     PlanTraining: _grpc.UnaryUnaryMultiCallable[_service_pb2.PlanTrainingRequest, _service_pb2.PlanTrainingResponse]
@@ -93,8 +94,7 @@ class UnslothServiceStub:
     (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
     OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
     (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-    DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
-    WORKER_UNRESPONSIVE).
+    DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
     """
     WatchTraining: _grpc.UnaryStreamMultiCallable[_service_pb2.WatchTrainingRequest, _service_pb2.WatchTrainingResponse]
     """Replays the log from the entry after after_sequence, then follows it. Ends OK after the terminal event, whatever
@@ -117,11 +117,9 @@ class UnslothServiceStub:
     ResumeTraining: _grpc.UnaryUnaryMultiCallable[_service_pb2.ResumeTrainingRequest, _service_pb2.ResumeTrainingResponse]
     """Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
     A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-    on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
-    is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
-    training waits for it and tells so by a WAITING_FOR_MEMORY warning.
-    Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
-    (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+    on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+    Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+    (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
     """
     Generate: _grpc.UnaryStreamMultiCallable[_service_pb2.GenerateRequest, _service_pb2.GenerateResponse]
     """Streams text from a loaded model, then a summary. Refused while a training runs on the model.
@@ -132,13 +130,14 @@ class UnslothServiceStub:
     the model. A half-written export is never seen under its final name. It goes on without its caller, and an equal
     call attaches to it while it runs.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
-    MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
-    INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
+    MODEL_BUSY, EXPORT_UNSUPPORTED, TRAINING_STATE), PERMISSION_DENIED (PATH_NOT_ALLOWED), ALREADY_EXISTS
+    (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL, INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
     """
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_service_pb2.DownloadArtifactRequest, _service_pb2.DownloadArtifactResponse]
     """Streams the files of an artifact or a checkpoint, in the order of their names.
-    Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
-    (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
+    Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION
+    (TRAINING_STATE) for the result of a training that has none yet, OUT_OF_RANGE (OFFSET_OUT_OF_RANGE) for an offset
+    beyond the first file.
     """
 
 @_typing.type_check_only
@@ -161,9 +160,11 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     """
     LoadModel: _aio.UnaryStreamMultiCallable[_service_pb2.LoadModelRequest, _service_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Loads a model into a worker of its own: progress, then the Model as the last message.
-    Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND), PERMISSION_DENIED (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED),
-    FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY,
-    TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+    Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), PERMISSION_DENIED
+    (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED), FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED, TRAINING_STATE:
+    the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile), RESOURCE_EXHAUSTED
+    (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED
+    (WORKER_DIED).
     """
     PrepareForTraining: _aio.UnaryUnaryMultiCallable[_service_pb2.PrepareForTrainingRequest, _service_pb2.PrepareForTrainingResponse]  # type: ignore[assignment]
     """Attaches trainable parameters and sets the model's training config. Repeatable: with the same (or no) lora it
@@ -190,8 +191,7 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     ListDatasets: _aio.UnaryUnaryMultiCallable[_service_pb2.ListDatasetsRequest, _service_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     """Stored datasets, newest first."""
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_service_pb2.DeleteDatasetRequest, _service_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
-    """Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
-    that needs the same bytes uploaded again.
+    """Removes a stored dataset.
     Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
     """
     PlanTraining: _aio.UnaryUnaryMultiCallable[_service_pb2.PlanTrainingRequest, _service_pb2.PlanTrainingResponse]  # type: ignore[assignment]
@@ -206,8 +206,7 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
     OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
     (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-    DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
-    WORKER_UNRESPONSIVE).
+    DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
     """
     WatchTraining: _aio.UnaryStreamMultiCallable[_service_pb2.WatchTrainingRequest, _service_pb2.WatchTrainingResponse]  # type: ignore[assignment]
     """Replays the log from the entry after after_sequence, then follows it. Ends OK after the terminal event, whatever
@@ -230,11 +229,9 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     ResumeTraining: _aio.UnaryUnaryMultiCallable[_service_pb2.ResumeTrainingRequest, _service_pb2.ResumeTrainingResponse]  # type: ignore[assignment]
     """Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
     A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-    on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
-    is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
-    training waits for it and tells so by a WAITING_FOR_MEMORY warning.
-    Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
-    (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+    on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+    Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+    (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
     """
     Generate: _aio.UnaryStreamMultiCallable[_service_pb2.GenerateRequest, _service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams text from a loaded model, then a summary. Refused while a training runs on the model.
@@ -245,13 +242,14 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     the model. A half-written export is never seen under its final name. It goes on without its caller, and an equal
     call attaches to it while it runs.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
-    MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
-    INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
+    MODEL_BUSY, EXPORT_UNSUPPORTED, TRAINING_STATE), PERMISSION_DENIED (PATH_NOT_ALLOWED), ALREADY_EXISTS
+    (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL, INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
     """
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_service_pb2.DownloadArtifactRequest, _service_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
     """Streams the files of an artifact or a checkpoint, in the order of their names.
-    Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
-    (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
+    Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION
+    (TRAINING_STATE) for the result of a training that has none yet, OUT_OF_RANGE (OFFSET_OUT_OF_RANGE) for an offset
+    beyond the first file.
     """
 
 class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -283,9 +281,11 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_service_pb2.LoadModelResponse], _abc.AsyncIterator[_service_pb2.LoadModelResponse]]:
         """Loads a model into a worker of its own: progress, then the Model as the last message.
-        Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND), PERMISSION_DENIED (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED),
-        FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY,
-        TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+        Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), PERMISSION_DENIED
+        (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED), FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED, TRAINING_STATE:
+        the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile), RESOURCE_EXHAUSTED
+        (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED
+        (WORKER_DIED).
         """
 
     @_abc_1.abstractmethod
@@ -360,8 +360,7 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.DeleteDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.DeleteDatasetResponse, _abc.Awaitable[_service_pb2.DeleteDatasetResponse]]:
-        """Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
-        that needs the same bytes uploaded again.
+        """Removes a stored dataset.
         Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
         """
 
@@ -388,8 +387,7 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
         OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
         (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-        DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
-        WORKER_UNRESPONSIVE).
+        DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
         """
 
     @_abc_1.abstractmethod
@@ -448,11 +446,9 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_service_pb2.ResumeTrainingResponse, _abc.Awaitable[_service_pb2.ResumeTrainingResponse]]:
         """Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
         A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-        on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
-        is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
-        training waits for it and tells so by a WAITING_FOR_MEMORY warning.
-        Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
-        (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+        on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+        Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+        (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
         """
 
     @_abc_1.abstractmethod
@@ -475,8 +471,8 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         the model. A half-written export is never seen under its final name. It goes on without its caller, and an equal
         call attaches to it while it runs.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
-        MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
-        INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
+        MODEL_BUSY, EXPORT_UNSUPPORTED, TRAINING_STATE), PERMISSION_DENIED (PATH_NOT_ALLOWED), ALREADY_EXISTS
+        (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL, INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
         """
 
     @_abc_1.abstractmethod
@@ -486,8 +482,9 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_service_pb2.DownloadArtifactResponse], _abc.AsyncIterator[_service_pb2.DownloadArtifactResponse]]:
         """Streams the files of an artifact or a checkpoint, in the order of their names.
-        Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
-        (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
+        Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION
+        (TRAINING_STATE) for the result of a training that has none yet, OUT_OF_RANGE (OFFSET_OUT_OF_RANGE) for an offset
+        beyond the first file.
         """
 
 def add_UnslothServiceServicer_to_server(servicer: UnslothServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

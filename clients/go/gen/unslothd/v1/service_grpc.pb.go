@@ -62,9 +62,11 @@ type UnslothServiceClient interface {
 	// trainings run.
 	GetServerInfo(ctx context.Context, in *GetServerInfoRequest, opts ...grpc.CallOption) (*GetServerInfoResponse, error)
 	// Loads a model into a worker of its own: progress, then the Model as the last message.
-	// Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND), PERMISSION_DENIED (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED),
-	// FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY,
-	// TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+	// Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), PERMISSION_DENIED
+	// (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED), FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED, TRAINING_STATE:
+	// the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile), RESOURCE_EXHAUSTED
+	// (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED
+	// (WORKER_DIED).
 	LoadModel(ctx context.Context, in *LoadModelRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LoadModelResponse], error)
 	// Attaches trainable parameters and sets the model's training config. Repeatable: with the same (or no) lora it
 	// only replaces the config.
@@ -87,8 +89,7 @@ type UnslothServiceClient interface {
 	GetDataset(ctx context.Context, in *GetDatasetRequest, opts ...grpc.CallOption) (*GetDatasetResponse, error)
 	// Stored datasets, newest first.
 	ListDatasets(ctx context.Context, in *ListDatasetsRequest, opts ...grpc.CallOption) (*ListDatasetsResponse, error)
-	// Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
-	// that needs the same bytes uploaded again.
+	// Removes a stored dataset.
 	// Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
 	DeleteDataset(ctx context.Context, in *DeleteDatasetRequest, opts ...grpc.CallOption) (*DeleteDatasetResponse, error)
 	// Works out what Train would do, without doing it. Errors: as Train, and FAILED_PRECONDITION (MODEL_BUSY) while a
@@ -101,8 +102,7 @@ type UnslothServiceClient interface {
 	// (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
 	// OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
 	// (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-	// DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
-	// WORKER_UNRESPONSIVE).
+	// DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
 	Train(ctx context.Context, in *TrainRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TrainResponse], error)
 	// Replays the log from the entry after after_sequence, then follows it. Ends OK after the terminal event, whatever
 	// that is. Errors: NOT_FOUND (TRAINING_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE).
@@ -121,11 +121,9 @@ type UnslothServiceClient interface {
 	PauseTraining(ctx context.Context, in *PauseTrainingRequest, opts ...grpc.CallOption) (*PauseTrainingResponse, error)
 	// Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
 	// A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-	// on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
-	// is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
-	// training waits for it and tells so by a WAITING_FOR_MEMORY warning.
-	// Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
-	// (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+	// on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+	// Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+	// (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
 	ResumeTraining(ctx context.Context, in *ResumeTrainingRequest, opts ...grpc.CallOption) (*ResumeTrainingResponse, error)
 	// Streams text from a loaded model, then a summary. Refused while a training runs on the model.
 	// Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY, MODEL_BUSY), ABORTED (WORKER_DIED).
@@ -134,12 +132,13 @@ type UnslothServiceClient interface {
 	// the model. A half-written export is never seen under its final name. It goes on without its caller, and an equal
 	// call attaches to it while it runs.
 	// Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
-	// MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
-	// INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
+	// MODEL_BUSY, EXPORT_UNSUPPORTED, TRAINING_STATE), PERMISSION_DENIED (PATH_NOT_ALLOWED), ALREADY_EXISTS
+	// (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL, INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
 	ExportModel(ctx context.Context, in *ExportModelRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportModelResponse], error)
 	// Streams the files of an artifact or a checkpoint, in the order of their names.
-	// Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
-	// (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
+	// Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION
+	// (TRAINING_STATE) for the result of a training that has none yet, OUT_OF_RANGE (OFFSET_OUT_OF_RANGE) for an offset
+	// beyond the first file.
 	DownloadArtifact(ctx context.Context, in *DownloadArtifactRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadArtifactResponse], error)
 }
 
@@ -436,9 +435,11 @@ type UnslothServiceServer interface {
 	// trainings run.
 	GetServerInfo(context.Context, *GetServerInfoRequest) (*GetServerInfoResponse, error)
 	// Loads a model into a worker of its own: progress, then the Model as the last message.
-	// Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND), PERMISSION_DENIED (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED),
-	// FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY,
-	// TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+	// Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), PERMISSION_DENIED
+	// (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED), FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED, TRAINING_STATE:
+	// the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile), RESOURCE_EXHAUSTED
+	// (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED
+	// (WORKER_DIED).
 	LoadModel(*LoadModelRequest, grpc.ServerStreamingServer[LoadModelResponse]) error
 	// Attaches trainable parameters and sets the model's training config. Repeatable: with the same (or no) lora it
 	// only replaces the config.
@@ -461,8 +462,7 @@ type UnslothServiceServer interface {
 	GetDataset(context.Context, *GetDatasetRequest) (*GetDatasetResponse, error)
 	// Stored datasets, newest first.
 	ListDatasets(context.Context, *ListDatasetsRequest) (*ListDatasetsResponse, error)
-	// Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
-	// that needs the same bytes uploaded again.
+	// Removes a stored dataset.
 	// Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
 	DeleteDataset(context.Context, *DeleteDatasetRequest) (*DeleteDatasetResponse, error)
 	// Works out what Train would do, without doing it. Errors: as Train, and FAILED_PRECONDITION (MODEL_BUSY) while a
@@ -475,8 +475,7 @@ type UnslothServiceServer interface {
 	// (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
 	// OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
 	// (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-	// DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
-	// WORKER_UNRESPONSIVE).
+	// DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
 	Train(*TrainRequest, grpc.ServerStreamingServer[TrainResponse]) error
 	// Replays the log from the entry after after_sequence, then follows it. Ends OK after the terminal event, whatever
 	// that is. Errors: NOT_FOUND (TRAINING_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE).
@@ -495,11 +494,9 @@ type UnslothServiceServer interface {
 	PauseTraining(context.Context, *PauseTrainingRequest) (*PauseTrainingResponse, error)
 	// Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
 	// A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-	// on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
-	// is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
-	// training waits for it and tells so by a WAITING_FOR_MEMORY warning.
-	// Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
-	// (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+	// on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
+	// Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
+	// (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
 	ResumeTraining(context.Context, *ResumeTrainingRequest) (*ResumeTrainingResponse, error)
 	// Streams text from a loaded model, then a summary. Refused while a training runs on the model.
 	// Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY, MODEL_BUSY), ABORTED (WORKER_DIED).
@@ -508,12 +505,13 @@ type UnslothServiceServer interface {
 	// the model. A half-written export is never seen under its final name. It goes on without its caller, and an equal
 	// call attaches to it while it runs.
 	// Errors: NOT_FOUND (MODEL_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY,
-	// MODEL_BUSY, EXPORT_UNSUPPORTED), ALREADY_EXISTS (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL,
-	// INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
+	// MODEL_BUSY, EXPORT_UNSUPPORTED, TRAINING_STATE), PERMISSION_DENIED (PATH_NOT_ALLOWED), ALREADY_EXISTS
+	// (OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (DISK_FULL, INSUFFICIENT_MEMORY), ABORTED (WORKER_DIED).
 	ExportModel(*ExportModelRequest, grpc.ServerStreamingServer[ExportModelResponse]) error
 	// Streams the files of an artifact or a checkpoint, in the order of their names.
-	// Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), OUT_OF_RANGE
-	// (OFFSET_OUT_OF_RANGE) for an offset beyond the first file.
+	// Errors: NOT_FOUND (ARTIFACT_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION
+	// (TRAINING_STATE) for the result of a training that has none yet, OUT_OF_RANGE (OFFSET_OUT_OF_RANGE) for an offset
+	// beyond the first file.
 	DownloadArtifact(*DownloadArtifactRequest, grpc.ServerStreamingServer[DownloadArtifactResponse]) error
 	mustEmbedUnimplementedUnslothServiceServer()
 }
