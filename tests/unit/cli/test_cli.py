@@ -102,9 +102,13 @@ def test_info_shows_devices_and_limits(server, say, cli):
             max_loaded_models=8, export_formats=[artifact_pb2.EXPORT_FORMAT_ADAPTER, artifact_pb2.EXPORT_FORMAT_GGUF]
         ),
     )
+    answer.caller.MergeFrom(
+        server_info_pb2.Caller(name="alice", kind=server_info_pb2.Caller.KIND_TOKEN, scope=server_info_pb2.SCOPE_TRAIN)
+    )
     server.script.on("GetServerInfo", say.answer(answer), say.answer(answer))
     shown = cli("info")
     assert shown.exit_code == 0
+    assert "you are alice (token), scope train" in shown.output
     for text in ("unslothd 0.1.0", "torch 2.14.1", "NVIDIA H100", "80.0 GiB", "8 models", "exports: adapter, gguf"):
         assert text in shown.output
     assert json.loads(cli("info", "--json").stdout)["devices"][0]["total_memory_bytes"] == str(80 * 2**30)

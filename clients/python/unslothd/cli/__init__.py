@@ -1,5 +1,6 @@
 """The command `unslothd`: everything that the client can do, for people and for scripts."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; None = those of the process.
     """
+    # gRPC's own notes say nothing that the errors do not; it reads this when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         from unslothd.cli.app import app
     except ModuleNotFoundError as error:

@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 @options.connects
 def info(as_json: options.Json = False, *, server: options.Server) -> None:
-    """Show versions, devices and limits of the server."""
+    """Show versions, devices and limits of the server, and whom it takes you for."""
     with session(server, as_json) as (client, out):
         answer = client.server_info()
         if as_json:
@@ -27,6 +27,8 @@ def info(as_json: options.Json = False, *, server: options.Server) -> None:
 def _show(answer: GetServerInfoResponse, target: str, out: Output) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(answer.engine_versions.items()))
     out.line(f"unslothd {answer.server_version} at {target}" + (f" with {versions}" if versions else ""))
+    if answer.HasField("caller"):
+        out.line(texts.caller(answer.caller))
     table = Table("device", "name", "free", "total", "models")
     for device in answer.devices:
         free, total = texts.size(device.free_memory_bytes), texts.size(device.total_memory_bytes)

@@ -5,7 +5,7 @@ import math
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from unslothd.v1 import artifact_pb2, dataset_pb2, model_pb2, training_event_pb2, training_pb2
+from unslothd.v1 import artifact_pb2, dataset_pb2, model_pb2, server_info_pb2, training_event_pb2, training_pb2
 
 _KIBI = 1024
 _BARS = "▁▂▃▄▅▆▇█"
@@ -73,6 +73,13 @@ def data_format(data_format: "dataset_pb2.DataFormat.ValueType") -> str:
 def export_format(format: "artifact_pb2.ExportFormat.ValueType") -> str:
     """Returns a form of exported files as --format takes it: "merged_16bit"."""
     return artifact_pb2.ExportFormat.Name(format).removeprefix("EXPORT_FORMAT_").lower()
+
+
+def caller(caller: server_info_pb2.Caller) -> str:
+    """Whom the server takes the user for: "you are alice (token), scope train"."""
+    kind = server_info_pb2.Caller.Kind.Name(caller.kind).removeprefix("KIND_").lower()
+    scope = server_info_pb2.Scope.Name(caller.scope).removeprefix("SCOPE_").lower()
+    return f"you are {caller.name} ({kind}), scope {scope}"
 
 
 def load_progress(model_name: str, progress: model_pb2.LoadProgress) -> str:
