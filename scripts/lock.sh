@@ -7,6 +7,6 @@ compile() {
     "$uv" pip compile --quiet --upgrade --universal --python-version 3.11 --no-emit-index-url --no-annotate \
         --custom-compile-command "make lock" "$@"
 }
-compile pyproject.toml --extra cli --extra server --extra mcp --extra dev \
+compile pyproject.toml --extra cli --extra server --extra otel --extra mcp --extra dev \
     --override requirements/overrides.txt --output-file requirements/dev.txt
 compile requirements/generate.in --output-file requirements/generate.txt

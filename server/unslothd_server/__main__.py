@@ -32,6 +32,7 @@ from unslothd_server.config_sources import ConfigError, load_settings
 from unslothd_server.errors import ExhaustedError
 from unslothd_server.flags import with_setting_flags
 from unslothd_server.home_lock import HomeLock, HomeTakenError
+from unslothd_server.monitoring import Monitoring
 from unslothd_server.rpc.server import RpcServer
 from unslothd_server.state_versions import NewerStateError, refuse_newer
 from unslothd_server.workers.devices import HostDevices
@@ -104,12 +105,14 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_
     refuse_newer(settings.home)
     service = await build_service(settings, worker_command=worker_command)
     audit = access_setup.audit_log(settings)
+    monitoring = Monitoring(settings, service)
     server = RpcServer(
         service,
         access_setup.gate(settings),
         access_setup.call_limits(settings),
         audit,
         keepalive_seconds=settings.keepalive_seconds,
+        observers=monitoring.observers,
     )
     port = await server.start(settings.listen, access_setup.certificate(settings))
     host = settings.listen.rpartition(":")[0]
@@ -126,6 +129,7 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_
     await server.announce_stop()
     await service.close(leave_running=settings.on_shutdown == "continue")
     await server.stop(_GRACE_SECONDS)
+    await monitoring.close()
     audit.close()
     lock.release()
     log.info("stopped")

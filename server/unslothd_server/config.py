@@ -78,6 +78,11 @@ class Settings(BaseModel):
         "hosts can reach, and wherever client certificates are asked for.",
     )
     listen: str = Field(default="127.0.0.1:50051", description="HOST:PORT to serve on; port 0 takes a free one.")
+    metrics_listen: str = Field(
+        default="",
+        description="PORT or HOST:PORT to serve Prometheus metrics on, http://HOST:PORT/metrics, without TLS or "
+        "tokens; a PORT alone is of 127.0.0.1. Empty: none.",
+    )
     on_shutdown: Literal["pause", "continue"] = Field(
         default="pause",
         description="What trainings do when the server stops: pause with a checkpoint, or go on without it. Either way "
@@ -165,6 +170,15 @@ class Settings(BaseModel):
                 "127.0.0.1 and use an SSH tunnel; or add --allow-insecure-listen if the network is yours"
             )
         return listen
+
+    @field_validator("metrics_listen")
+    @classmethod
+    def _address_of_metrics(cls, listen: str) -> str:
+        if not listen:
+            return ""
+        address = f"127.0.0.1:{listen}" if listen.isdecimal() else listen
+        split_address(address)
+        return address
 
     @property
     def asks_who_calls(self) -> bool:

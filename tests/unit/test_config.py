@@ -130,6 +130,12 @@ def test_every_problem_of_every_place_is_told_at_once_with_its_place(monkeypatch
     assert len(told.splitlines()) == 7
 
 
+def test_a_port_alone_for_metrics_is_one_of_this_host_only():
+    assert load_settings({"metrics_listen": "9464"}).metrics_listen == "127.0.0.1:9464"
+    assert load_settings({"metrics_listen": "0.0.0.0:9464"}).metrics_listen == "0.0.0.0:9464"
+    assert "is not HOST:PORT" in problems({"metrics_listen": "here"})[0]
+
+
 def test_variables_of_clients_and_scripts_are_nobodys_business(monkeypatch: pytest.MonkeyPatch):
     for name in (
         "UNSLOTHD_TARGET",
@@ -154,6 +160,8 @@ def certificate(tmp_path: Path) -> dict[str, str]:
 def valid_text(name: str, files: dict[str, str]) -> str:
     if name in files:
         return files[name]
+    if name == "metrics_listen":
+        return "9464"
     default = Settings.model_fields[name].default
     return str(default).lower() if isinstance(default, bool) else default_text(Settings.model_fields[name]) or "/a"
 

@@ -26,6 +26,9 @@ class EventFeed:
     Args:
         training: Its `last_sequence` and `state` say where the log is; kept up to date by the owner.
         log: The event log.
+
+    Attributes:
+        watchers: How many follow it now.
     """
 
     def __init__(self, training: Training, log: Path) -> None:
@@ -34,6 +37,7 @@ class EventFeed:
         self._recent: deque[bytes] = deque(maxlen=_FRAMES_IN_MEMORY)
         self._changed = WakeUp()
         self._interruption: UnavailableError | None = None
+        self.watchers = 0
 
     def publish(self, event: TrainingEvent, *, in_log: bool = True) -> None:
         """Shows watchers the next event; it is applied to the training already, and in the log if the disk took it."""
@@ -64,7 +68,14 @@ class EventFeed:
                 f"after_sequence {after_sequence} is beyond the log, which ends at {last}; watch from there or before.",
                 metadata={"last_sequence": str(last)},
             )
-        position = after_sequence
+        self.watchers += 1
+        try:
+            async for frame in self._from(after_sequence, heartbeat_seconds):
+                yield frame
+        finally:
+            self.watchers -= 1
+
+    async def _from(self, position: int, heartbeat_seconds: float) -> AsyncIterator[bytes]:
         while True:
             frames = self._read(position)
             for frame in frames:

@@ -167,6 +167,10 @@ class Models:
                 entry.model.memory_bytes = status.model.memory_bytes
         return entry.model
 
+    def all(self) -> list[Model]:
+        """All models as last heard; asks no worker."""
+        return [entry.model for entry in self._models.values()]
+
     async def describe_all(self) -> list[Model]:
         """Returns all models in the order of their loading, also one that is unloaded meanwhile."""
         return list(await asyncio.gather(*(self._describe(entry) for entry in self._models.values())))

@@ -11,6 +11,7 @@ from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import Checkpoint, Training
 from unslothd_server.app.event_feed import EventFeed
 from unslothd_server.app.ports import Worker
+from unslothd_server.app.training_figures import TrainingFigures
 from unslothd_server.app.training_state import Recoveries, apply, is_final, now, reset
 from unslothd_server.app.training_store import StopWish, StoredTraining, TrainingStore
 from unslothd_server.errors import UnslothdError
@@ -30,6 +31,7 @@ class TrainingRun:
         over: Set while it is over or paused.
         worker: The worker that has it; None while none does. Only then the server may write its log.
         recoveries: How often it was repaired since it last got further.
+        figures: What it has done so far.
         queued_at: When it last entered the queue, in nanoseconds since 1970.
         unwritten: Events that were shown although the disk did not take them; they go into the log before the next one.
     """
@@ -40,6 +42,7 @@ class TrainingRun:
     over: asyncio.Event = field(default_factory=asyncio.Event)
     worker: Worker | None = None
     recoveries: Recoveries = field(default_factory=Recoveries)
+    figures: TrainingFigures = field(default_factory=TrainingFigures)
     queued_at: int = 0
     unwritten: list[TrainingEvent] = field(default_factory=list[TrainingEvent])
 
@@ -105,6 +108,13 @@ class TrainingRun:
 
     # --- its log ---
 
+    def log_bytes(self) -> int:
+        """Size of its event log."""
+        try:
+            return self.store.event_log(self.training_id).stat().st_size
+        except OSError:  # removed by hand
+            return 0
+
     def append(self, event: TrainingEvent) -> None:
         """Writes an event of the server's own; only while no worker has the training.
 
@@ -147,6 +157,7 @@ class TrainingRun:
         was_queued = self.training.state == Training.STATE_QUEUED
         apply(self.training, event)
         self.recoveries.see(event)
+        self.figures.see(event)
         if self.training.state == Training.STATE_QUEUED and not was_queued:
             self.queued_at = event.event_time.ToNanoseconds()
 

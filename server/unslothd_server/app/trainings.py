@@ -131,6 +131,10 @@ class Trainings:
                 f'No training "{training_id}" is known. ListTrainings shows all.',
             ) from None
 
+    def all(self) -> Sequence[TrainingRun]:
+        """Every training, those that are over too."""
+        return list(self._runs.values())
+
     def describe(self, training_id: str) -> Training:
         """Returns a training as the API shows it: with the checkpoints that are still on disk, the best one named."""
         run = self.get(training_id)

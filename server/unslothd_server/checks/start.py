@@ -32,6 +32,7 @@ def start_findings(settings: Settings) -> list[Finding]:
         state_finding(settings.home),
         *folder_findings(settings),
         port_finding(settings.listen),
+        *([port_finding(settings.metrics_listen, "metrics listen")] if settings.metrics_listen else []),
         *model_root_findings(settings),
     ]
 
@@ -56,7 +57,7 @@ def model_root_findings(settings: Settings) -> list[Finding]:
     return [_model_root(root) for root in settings.model_roots]
 
 
-def port_finding(listen: str) -> Finding:
+def port_finding(listen: str, name: str = "listen") -> Finding:
     """Whether the address can be listened on: it is taken for a moment, and nobody can connect meanwhile."""
     host, port = split_address(listen)
     try:
@@ -67,9 +68,9 @@ def port_finding(listen: str) -> Finding:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
     except OSError as error:
-        mend = "Stop what listens there (ss -ltnp), or choose another address with --listen."
-        return problem("listen", f"{listen} cannot be listened on ({error.strerror})", mend)
-    return ok("listen", f"{listen} is free")
+        mend = f"Stop what listens there (ss -ltnp), or choose another address with --{name.replace(' ', '-')}."
+        return problem(name, f"{listen} cannot be listened on ({error.strerror})", mend)
+    return ok(name, f"{listen} is free")
 
 
 def _home_lock(home: Path) -> Finding:

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -22,6 +22,7 @@ from unslothd_server.errors import UnexpectedError, UnslothdError
 from unslothd_server.rpc.call_ids import ids_in
 from unslothd_server.rpc.gate import Context, Gate
 from unslothd_server.rpc.intake import Intake
+from unslothd_server.rpc.observers import CallObserver
 from unslothd_server.status import fit_to_send, to_status
 
 log = structlog.get_logger()
@@ -41,13 +42,22 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         gate: Lets calls in.
         intake: Reads requests.
         audit: Has a line for every call.
+        observers: Whoever else wants to know of every call.
     """
 
-    def __init__(self, service: ServiceDescriptor, gate: Gate, intake: Intake, audit: AuditLog) -> None:
+    def __init__(
+        self,
+        service: ServiceDescriptor,
+        gate: Gate,
+        intake: Intake,
+        audit: AuditLog,
+        observers: Sequence[CallObserver] = (),
+    ) -> None:
         self._service = service
         self._gate = gate
         self._intake = intake
         self._audit = audit
+        self._observers = observers
 
     async def intercept_service(  # pyright: ignore[reportIncompatibleMethodOverride] - the base leaves it untyped
         self,
@@ -128,12 +138,16 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         """Lets a call in, ends it with the status of its error, and writes down how it went."""
         started = time.monotonic()
         record = CallRecord(rpc, context.peer())
+        observed = ExitStack()
+        for observer in self._observers:
+            observed.enter_context(observer(record, context.invocation_metadata() or ()))
 
         def over(code: str, reason: str = "") -> None:
             """Before the caller hears of it."""
             record.code, record.reason = code, reason
             record.ms = round((time.monotonic() - started) * 1000, 1)
             self._audit.ended(record)
+            observed.close()
             tell = log.info if reason else log.debug
             tell("rpc", rpc=rpc, caller=record.caller.name, code=code, reason=reason, ms=record.ms)
 

@@ -1,5 +1,6 @@
 """The gRPC server: our service, health and reflection on one port."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import grpc
@@ -17,6 +18,7 @@ from unslothd_server.app.service import Service
 from unslothd_server.rpc.gate import Gate
 from unslothd_server.rpc.intake import Intake
 from unslothd_server.rpc.interceptor import ContractInterceptor
+from unslothd_server.rpc.observers import CallObserver
 from unslothd_server.rpc.reflection import ReflectedPool
 from unslothd_server.rpc.servicer import UnslothServicer
 
@@ -55,12 +57,20 @@ class RpcServer:
         limits: What calls may hold.
         audit: Has a line for every call.
         keepalive_seconds: After how much silence a connection is asked whether it still is one.
+        observers: Whoever else wants to know of every call.
     """
 
     def __init__(
-        self, service: Service, gate: Gate, limits: CallLimits, audit: AuditLog, *, keepalive_seconds: float
+        self,
+        service: Service,
+        gate: Gate,
+        limits: CallLimits,
+        audit: AuditLog,
+        *,
+        keepalive_seconds: float,
+        observers: Sequence[CallObserver] = (),
     ) -> None:
-        interceptor = ContractInterceptor(_SERVICE, gate, Intake(limits), audit)
+        interceptor = ContractInterceptor(_SERVICE, gate, Intake(limits), audit, observers)
         self._server = grpc.aio.server(options=(*_OPTIONS, *_keepalive(keepalive_seconds)), interceptors=[interceptor])
         self._health: Any = cast(Any, health).aio.HealthServicer()  # types-grpcio does not know `aio`
         add_UnslothServiceServicer_to_server(UnslothServicer(service, limits), self._server)

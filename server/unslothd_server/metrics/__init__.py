@@ -1,0 +1,1 @@
+"""Prometheus metrics: imported only by a server that serves them."""
