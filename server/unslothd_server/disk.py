@@ -2,20 +2,21 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from unslothd.v1.error_reason_pb2 import ErrorReason
-from unslothd_server.errors import ExhaustedError
+from unslothd_server.errors import ExhaustedError, PreconditionError, UnslothdError
 
 # EFBIG: the limit on the size of a file (ulimit -f, LimitFSIZE=) or of the file system is reached.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
-def unwritable(error: OSError, folder: Path, then: str) -> ExhaustedError | None:
-    """The error of ours for a folder that takes no more writes; None when the cause is another one.
+def unwritable(error: OSError, folder: Path, then: str) -> UnslothdError | None:
+    """The error of ours for a folder that takes no more writes: DISK_FULL or NOT_WRITABLE; None for another cause.
 
     Args:
         error: As raised.
@@ -23,17 +24,51 @@ def unwritable(error: OSError, folder: Path, then: str) -> ExhaustedError | None
         then: What to do once it can be, as the end of "…, then".
     """
     if error.errno in NO_ROOM:
-        text = f"The disk that holds {folder} is full ({_said(error)}). Free some space, then {then}."
-    elif error.errno in READ_ONLY:
-        text = f"{folder} cannot be written to ({_said(error)}). Make it writable for the server's user, then {then}."
-    else:
-        return None
-    return ExhaustedError(ErrorReason.ERROR_REASON_DISK_FULL, text)
+        return full(folder, _said(error), then)
+    if error.errno in READ_ONLY:
+        return PreconditionError(
+            ErrorReason.ERROR_REASON_NOT_WRITABLE,
+            f"{folder} cannot be written to ({_said(error)}). Make it writable for the server's user, then {then}.",
+        )
+    return None
+
+
+def full(folder: Path, said: str, then: str, *, needed_bytes: int = 0) -> ExhaustedError:
+    """The error of a disk without room (DISK_FULL); its metadata are path, free_bytes and needed_bytes, where known.
+
+    Args:
+        folder: What could not be written to.
+        said: How the system or a library put it.
+        then: What to do once there is room, as the end of "…, then".
+        needed_bytes: What the write takes in all; 0 = not known.
+    """
+    facts, metadata = [said], {"path": str(folder)}
+    # What is free says nothing where it is a limit on the size of a file that is reached.
+    if folder.exists() and os.strerror(errno.EFBIG) not in said:
+        free = shutil.disk_usage(folder).free
+        facts.append(f"{in_units(free)} free")
+        metadata["free_bytes"] = str(free)
+    if needed_bytes:
+        facts.append(f"about {in_units(needed_bytes)} needed")
+        metadata["needed_bytes"] = str(needed_bytes)
+    return ExhaustedError(
+        ErrorReason.ERROR_REASON_DISK_FULL,
+        f"The disk that holds {folder} is full ({', '.join(facts)}). Free some space, then {then}.",
+        metadata=metadata,
+    )
+
+
+def in_units(size: int) -> str:
+    """Bytes for people, e.g. "1.5 GiB"."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
 
 
 @contextmanager
 def telling(folder: Path, then: str) -> Generator[None]:
-    """Raises ExhaustedError (DISK_FULL) in place of an OSError that means that the folder takes no more writes."""
+    """Raises DISK_FULL or NOT_WRITABLE in place of an OSError that means that the folder takes no more writes."""
     try:
         yield
     except OSError as error:

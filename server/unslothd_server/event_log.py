@@ -120,7 +120,7 @@ class EventLogWriter:
         path: The file; made when it does not exist, in a folder that does.
 
     Raises:
-        ExhaustedError: The file cannot be made or written to (DISK_FULL).
+        UnslothdError: The file cannot be made or written to (DISK_FULL, NOT_WRITABLE).
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,7 +157,7 @@ class EventLogWriter:
 
         Raises:
             ValueError: Its sequence is not the last one + 1.
-            ExhaustedError: The disk takes no more (DISK_FULL). The log is as it was.
+            UnslothdError: The disk takes no more (DISK_FULL, NOT_WRITABLE). The log is as it was.
         """
         if event.sequence != self._sequence + 1:
             raise ValueError(f"event {event.sequence} cannot follow event {self._sequence} in {self._path}")

@@ -51,7 +51,8 @@ def to_status(error: errors.UnslothdError) -> status_pb2.Status:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_seconds * 1e9))
         details.append(_packed(retry))
-    return status_pb2.Status(code=CODES[type(error)], message=error.message, details=details)
+    code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+    return status_pb2.Status(code=code, message=error.message, details=details)
 
 
 def fit_to_send(status: status_pb2.Status) -> status_pb2.Status:

@@ -23,7 +23,7 @@ from unslothd.v1.training_event_pb2 import (
 from unslothd.v1.training_pb2 import Checkpoint, Training, TrainingPlan
 from unslothd.worker.v1 import worker_service_pb2 as pb
 from unslothd_server.app.broadcast import WakeUp
-from unslothd_server.app.worker_exit import WorkerExit, worker_died
+from unslothd_server.app.worker_exit import WorkerExit, WorkerStuckError, worker_died
 from unslothd_server.errors import ExhaustedError
 from unslothd_server.event_log import EVENT_LOG_NAME, EventLogReader, EventLogWriter
 from unslothd_server.status import to_status
@@ -112,6 +112,8 @@ class InMemoryWorker:
         self.model: Model | None = None
         self.training: InMemoryTraining | None = None
         self.is_deaf = False
+        self.is_stuck = False
+        self.hangs = False
         self.end: asyncio.Future[WorkerExit] = asyncio.get_running_loop().create_future()
 
     @property
@@ -162,6 +164,7 @@ class Grip:
         await self._host.loads.wait()
         worker = await self._reach()
         worker.model = Model(model_name=request.model_name, device="cpu", max_seq_length=request.max_seq_length)
+        worker.model.memory_bytes = self._host.memory_bytes
         yield pb.LoadModelResponse(model=worker.model)
 
     async def prepare(self, request: pb.PrepareForTrainingRequest) -> Model:
@@ -217,6 +220,7 @@ class Grip:
         """What it is doing."""
         worker = await self._reach()
         status = pb.GetStatusResponse(training_active=worker.active is not None)
+        status.seconds_since_progress = 3600 if worker.hangs else 0
         if worker.model is not None:
             status.model.CopyFrom(worker.model)
         if worker.training is not None:
@@ -224,8 +228,10 @@ class Grip:
         return status
 
     async def stop(self) -> WorkerExit:
-        """Ends it."""
+        """Ends it, unless it is stuck."""
         await self._fence()
+        if self.worker.is_stuck:
+            raise WorkerStuckError(self.model_id, 4711)
         self.worker.die(asked=True)
         return await self.exited()
 
@@ -245,6 +251,7 @@ class InMemoryHost:
     def __init__(self) -> None:
         self.generation = 0
         self.workers: list[InMemoryWorker] = []
+        self.memory_bytes = 0
         self.loads = asyncio.Event()
         self.loads.set()
 
@@ -257,7 +264,7 @@ class InMemoryHost:
         """Starts a worker; a leftover of the same model is ended first, as a real launcher does."""
         for leftover in self.living:
             if leftover.model_id == model_id:
-                leftover.die(asked=True)
+                await Grip(self, leftover).stop()
         worker = InMemoryWorker(model_id)
         self.workers.append(worker)
         return Grip(self, worker)

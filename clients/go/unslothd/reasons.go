@@ -36,6 +36,7 @@ const (
 	ReasonRequestIdReused     Reason = "REQUEST_ID_REUSED"
 	ReasonOutputDirTaken      Reason = "OUTPUT_DIR_TAKEN"
 	ReasonModelIdTaken        Reason = "MODEL_ID_TAKEN"
+	ReasonNotWritable         Reason = "NOT_WRITABLE"
 	ReasonPathNotAllowed      Reason = "PATH_NOT_ALLOWED"
 	ReasonHubAccessDenied     Reason = "HUB_ACCESS_DENIED"
 	ReasonInsufficientScope   Reason = "INSUFFICIENT_SCOPE"

@@ -165,7 +165,7 @@ def dataset_id_of(sha256: str) -> str:
 
 
 def explained(error: OSError) -> Exception:
-    """Returns what a caller is told of a disk that fails: DISK_FULL, or the error itself."""
+    """Returns what a caller is told of a disk that fails: DISK_FULL, NOT_WRITABLE, or the error itself."""
     if error.errno not in disk.NO_ROOM:
         return disk.unwritable(error, Path("The folder of the datasets"), "upload again: nothing was kept") or error
     return ExhaustedError(

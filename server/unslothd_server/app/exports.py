@@ -232,7 +232,7 @@ def _cancelled(model_id: str) -> AbortedError:
 
 
 def _explained(error: OSError) -> Exception:
-    """What a caller is told of a disk that fails: DISK_FULL, or the error itself."""
+    """What a caller is told of a disk that fails: DISK_FULL, NOT_WRITABLE, or the error itself."""
     if error.errno not in disk.NO_ROOM:
         return disk.unwritable(error, Path("The folder of the export"), "export again: nothing was kept") or error
     return ExhaustedError(

@@ -10,7 +10,7 @@ from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd_server.app.broadcast import Broadcast
 from unslothd_server.app.model_store import StoredModel
 from unslothd_server.app.ports import Worker
-from unslothd_server.errors import PreconditionError, UnslothdError
+from unslothd_server.errors import ExhaustedError, PreconditionError, UnslothdError
 
 
 @dataclass
@@ -23,7 +23,8 @@ class LoadedModel:
         worker: None until it answers, and while the model is suspended or its worker is dead.
         lock: Held by whoever changes the model: prepare and unload.
         failure: Why it is FAILED.
-        bringing_up: Set while a worker is started for it; what went wrong is its result.
+        bringing_up: Set while a worker is started for it, or waits for memory; what went wrong is its result.
+        lacks_memory: How far it is from fitting, while it waits for memory.
     """
 
     stored: StoredModel
@@ -32,6 +33,7 @@ class LoadedModel:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     failure: UnslothdError | None = None
     bringing_up: "asyncio.Task[Exception | None] | None" = None
+    lacks_memory: ExhaustedError | None = None
     watch: "asyncio.Task[None] | None" = None
 
     @property
@@ -48,6 +50,11 @@ class LoadedModel:
     def prepared_config(self) -> TrainingConfig:
         """What PrepareForTraining was given, without defaults."""
         return self.stored.prepared_config
+
+    @property
+    def needs_worker(self) -> bool:
+        """True when it has no living worker, and none is being started."""
+        return self.bringing_up is None and (self.worker is None or self.failure is not None)
 
     def require_worker(self) -> Worker:
         """Returns the worker of a loaded model.

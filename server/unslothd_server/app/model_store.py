@@ -125,7 +125,7 @@ class ModelStore:
         """Replaces the file of a model in one step.
 
         Raises:
-            ExhaustedError: The disk takes no more (DISK_FULL). The file is as it was.
+            UnslothdError: The disk takes no more (DISK_FULL, NOT_WRITABLE). The file is as it was.
         """
         with disk.telling(self._folder, "call again"):
             write_json(self._path(stored.model.model_id), {"version": STATE_VERSION, **stored.to_json()})

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import structlog
+
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.model_pb2 import LoadProgress, Model
 from unslothd_server.app.loaded_model import LoadedModel, take_over
@@ -9,8 +11,10 @@ from unslothd_server.app.memory_admission import MemoryAdmission
 from unslothd_server.app.model_store import ModelStore
 from unslothd_server.app.ports import Worker, WorkerLauncher
 from unslothd_server.app.training_state import now
-from unslothd_server.app.worker_exit import worker_died
+from unslothd_server.app.worker_exit import WorkerStuckError, worker_died
 from unslothd_server.errors import ExhaustedError, PreconditionError
+
+log = structlog.get_logger()
 
 # Memory also comes back from processes that are not ours, so nobody tells us.
 _LOOK_FOR_MEMORY_SECONDS = 1.0
@@ -32,19 +36,31 @@ class ModelWorkers:
         self._admission = admission
         self._store = store
 
-    def bring_up(self, entry: LoadedModel, *, token: str = "") -> "asyncio.Task[Exception | None]":
+    def bring_up(self, entry: LoadedModel, *, token: str = "", waits: bool) -> "asyncio.Task[Exception | None]":
         """Begins to start a worker, load the model and prepare it as it was; the result is what went wrong.
 
         Nothing of a failed attempt stays but the entry, which is FAILED. Cancelling the task ends the attempt.
+
+        Args:
+            entry: The model.
+            token: For the Hub.
+            waits: Wait for memory where the model does not fit now, but could.
 
         Raises:
             ExhaustedError: The model does not fit (INSUFFICIENT_MEMORY); nothing was begun.
         """
         stored = entry.stored
-        self._admission.reserve(entry.model_id, stored.model_source, stored.request)
-        entry.model.state = Model.STATE_LOADING
         entry.failure = None
-        entry.bringing_up = asyncio.create_task(self._bring_up(entry, token), name=f"bring up {entry.model_id}")
+        try:
+            self._admission.reserve(entry.model_id, stored.model_source, stored.request)
+        except ExhaustedError as refused:
+            if not waits or not self._admission.could_ever_fit(entry.model_id, stored.model_source, stored.request):
+                raise
+            begin, name = self._wait(entry, refused, token), f"wait for memory for {entry.model_id}"
+        else:
+            begin, name = self._bring_up(entry, token), f"bring up {entry.model_id}"
+        entry.model.state = Model.STATE_LOADING
+        entry.bringing_up = asyncio.create_task(begin, name=name)
         return entry.bringing_up
 
     async def _bring_up(self, entry: LoadedModel, token: str) -> Exception | None:
@@ -58,10 +74,14 @@ class ModelWorkers:
         finally:
             self._admission.release(entry.model_id)
             entry.bringing_up = None
-        if error is not None:
+        if error is None:
+            return None
+        try:
             await self.put_away(entry)
-            entry.model.state = Model.STATE_FAILED
-            entry.failure = _as_failure(entry.model_id, error)
+        except WorkerStuckError as stuck:
+            return stuck
+        entry.model.state = Model.STATE_FAILED
+        entry.failure = _as_failure(entry.model_id, error)
         return error
 
     async def give_up(self, entry: LoadedModel) -> None:
@@ -71,35 +91,35 @@ class ModelWorkers:
             entry.bringing_up.cancel()
             await asyncio.wait([entry.bringing_up])
 
-    def wait_then_bring_up(
-        self, entry: LoadedModel, refused: ExhaustedError, *, token: str
-    ) -> "asyncio.Task[Exception | None]":
-        """As `bring_up`, once the model fits; `refused` says how far it is from that now."""
-        entry.model.state = Model.STATE_LOADING
-        task = asyncio.create_task(self._wait(entry, refused, token), name=f"wait for memory for {entry.model_id}")
-        entry.bringing_up = task
-        return task
-
     async def _wait(self, entry: LoadedModel, refused: ExhaustedError, token: str) -> Exception | None:
+        try:
+            await self._fits(entry, refused)
+        except asyncio.CancelledError:
+            entry.bringing_up = None
+            entry.model.state = Model.STATE_FAILED
+            return _unloaded_meanwhile(entry.model_id)
+        finally:
+            entry.lacks_memory = None
+        return await self._bring_up(entry, token)
+
+    async def _fits(self, entry: LoadedModel, refused: ExhaustedError) -> None:
+        """Returns once the memory of a model is set aside; tells meanwhile how far it is from that."""
         told: int | None = None
         while True:
+            entry.lacks_memory = refused
             needed, free = int(refused.metadata["needed_bytes"]), int(refused.metadata["free_bytes"])
             if told is None or abs(free - told) >= _WORTH_TELLING_BYTES:
                 told = free
                 waiting = LoadProgress(phase=LoadProgress.PHASE_WAITING_FOR_MEMORY, model_id=entry.model_id)
                 waiting.done, waiting.total = free, needed
                 entry.progress.append(waiting)
+            await asyncio.sleep(_LOOK_FOR_MEMORY_SECONDS)
             try:
-                await asyncio.sleep(_LOOK_FOR_MEMORY_SECONDS)
                 self._admission.reserve(entry.model_id, entry.stored.model_source, entry.stored.request)
             except ExhaustedError as error:
                 refused = error
-            except asyncio.CancelledError:
-                entry.bringing_up = None
-                entry.model.state = Model.STATE_FAILED
-                return _unloaded_meanwhile(entry.model_id)
             else:
-                return await self._bring_up(entry, token)
+                return
 
     async def _make(self, entry: LoadedModel, token: str) -> None:
         stored = entry.stored
@@ -115,6 +135,7 @@ class ModelWorkers:
             take_over(entry.model, await worker.prepare(stored.prepare))
         if not entry.model.HasField("load_time"):
             entry.model.load_time.CopyFrom(now())
+        self._admission.learn(entry.model_id, entry.model.memory_bytes)
         self.ready(entry)
 
     def ready(self, entry: LoadedModel) -> None:
@@ -137,10 +158,19 @@ class ModelWorkers:
         return True
 
     async def put_away(self, entry: LoadedModel) -> None:
-        """Ends the worker of a model, if it has one, and returns once it is gone."""
+        """Ends the worker of a model, if it has one, and returns once it is gone.
+
+        Raises:
+            WorkerStuckError: It does not end; the model is FAILED, and the next call tries again.
+        """
         worker, entry.worker = entry.worker, None
-        if worker is not None:
-            await worker.stop()
+        try:
+            if worker is not None:
+                await worker.stop()
+        except WorkerStuckError as stuck:
+            log.warning("a worker does not end", model=entry.model_id, error=stuck.message)
+            entry.worker, entry.failure, entry.model.state = worker, stuck, Model.STATE_FAILED
+            raise
         if entry.watch is not None:
             await entry.watch
             entry.watch = None

@@ -23,6 +23,7 @@ from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.app.ports import Devices, Worker, WorkerLauncher
 from unslothd_server.app.sources import resolve_model_source
 from unslothd_server.app.training_config import completed
+from unslothd_server.app.worker_exit import WorkerStuckError
 from unslothd_server.errors import (
     AlreadyExistsError,
     ExhaustedError,
@@ -239,14 +240,8 @@ class Models:
 
     def _load(self, entry: LoadedModel, *, token: str, keep_failed: bool) -> "asyncio.Task[None]":
         """Begins to load; raises INSUFFICIENT_MEMORY before anything is begun, unless the caller wants to wait."""
-        stored = entry.stored
-        try:
-            bringing_up = self._workers.bring_up(entry, token=token)
-        except ExhaustedError as refused:
-            waits = stored.request.wait_for_memory or keep_failed
-            if not waits or not self.admission.could_ever_fit(stored.model_source, stored.request):
-                raise
-            bringing_up = self._workers.wait_then_bring_up(entry, refused, token=token)
+        waits = entry.stored.request.wait_for_memory or keep_failed
+        bringing_up = self._workers.bring_up(entry, token=token, waits=waits)
 
         async def see_end() -> None:
             error = await bringing_up
@@ -265,6 +260,7 @@ class Models:
         if self._models.get(entry.model_id) is entry:
             self._models.pop(entry.model_id)
             self._store.remove(entry.model_id)
+        self.admission.forget(entry.model_id)
         self._requests.forget(entry.stored.request.request_id)
 
     # --- preparing ---
@@ -333,14 +329,16 @@ class Models:
     async def working(self, entry: LoadedModel) -> Worker:
         """Returns the worker of a model, started anew if it is suspended, being brought back, or was lost.
 
+        Where the memory for it is not free, it is waited for; `entry.lacks_memory` tells so meanwhile.
+
         Raises:
             UnslothdError: Why there is none.
         """
-        if entry.bringing_up is None and (entry.worker is None or entry.failure is not None):
+        if entry.needs_worker:
             if self._closing:
                 raise stopping()
             await self._workers.put_away(entry)
-            self._workers.bring_up(entry)
+            self._workers.bring_up(entry, waits=True)
         if entry.bringing_up is not None:
             error = await asyncio.shield(entry.bringing_up)
             if error is not None:
@@ -348,15 +346,24 @@ class Models:
         return entry.require_worker()
 
     async def lose(self, entry: LoadedModel) -> None:
-        """Ends what is left of a worker that died or does not answer; `working` starts another one."""
+        """Ends what is left of a worker that died or does not answer; `working` starts another one.
+
+        Raises:
+            WorkerStuckError: It does not end.
+        """
         await self._workers.put_away(entry)
 
     async def suspend(self, entry: LoadedModel) -> None:
-        """Frees the device of a model whose training is paused; `working` brings it back."""
+        """Frees the device of a model whose training is paused, or ends its wait for one; `working` brings it back.
+
+        A worker that does not end leaves its model FAILED.
+        """
+        await self._workers.give_up(entry)
         entry.model.state = Model.STATE_SUSPENDED
         entry.stored.suspended = True
         self._store.keep(entry.stored)
-        await self._workers.put_away(entry)
+        with contextlib.suppress(WorkerStuckError):
+            await self._workers.put_away(entry)
 
     def start_from(self, entry: LoadedModel, folder: Path) -> None:
         """A worker that takes the place of this model's starts from these weights: the results of a training."""
@@ -365,15 +372,21 @@ class Models:
             prepare.weights_from = str(folder)
             self._store.keep(entry.stored)
 
-    def found_or_restored(self, stored: StoredModel) -> LoadedModel:
+    def found_or_restored(self, stored: StoredModel, *, must_fit: bool = False) -> LoadedModel:
         """Returns the model that a training ran on, or enters it again, suspended, as it was then.
+
+        Args:
+            stored: The model as it was then.
+            must_fit: Refuse where it has to be loaded, and the memory for that is not free.
 
         Raises:
             AlreadyExistsError: Another model has its id now (MODEL_ID_TAKEN).
-            ExhaustedError: Too many models are loaded.
+            ExhaustedError: Too many models are loaded, or INSUFFICIENT_MEMORY. Nothing was changed.
         """
         entry = self._models.get(stored.model.model_id)
         if entry is not None and entry.stored.same_making(stored):
+            if must_fit and entry.needs_worker:
+                self._check_fits(entry.stored)
             return entry
         if entry is not None:
             raise AlreadyExistsError(
@@ -382,6 +395,8 @@ class Models:
                 "UnloadModel, then resume: the training's model is loaded again by itself.",
             )
         self._check_room()
+        if must_fit:
+            self._check_fits(stored)
         restored = stored.copy()
         restored.suspended, restored.unloading = True, False
         restored.request.ClearField("request_id")
@@ -390,12 +405,19 @@ class Models:
         self._store.save(restored)
         return entry
 
+    def _check_fits(self, stored: StoredModel) -> None:
+        remedy = "Unload a model or pause a training, then resume again; until then this training stays as it is."
+        self.admission.check(stored.model.model_id, stored.model_source, stored.request, remedy)
+
     # --- unloading ---
 
     async def unload(self, model_id: str) -> int:
         """Ends the worker; returns the bytes that its device has back, 0 for a load that is ended.
 
         The caller has ended the model's trainings.
+
+        Raises:
+            WorkerStuckError: It does not end; the model stays, FAILED.
         """
         entry = self.get(model_id)
         async with entry.lock:
@@ -441,7 +463,7 @@ class Models:
                     entry.watch.cancel()
             await asyncio.gather(*(entry.worker.detach() for entry in entries if entry.worker is not None))
         else:
-            await asyncio.gather(*(self._workers.put_away(entry) for entry in entries))
+            await asyncio.gather(*(self._workers.put_away(entry) for entry in entries), return_exceptions=True)
         await asyncio.gather(*self._loads, return_exceptions=True)
 
 

@@ -63,7 +63,11 @@ class Worker(Protocol):
         ...
 
     async def stop(self) -> WorkerExit:
-        """Ends the process by the bounded stop ladder; returns once it is gone. Repeatable."""
+        """Ends the process by the bounded stop ladder; returns once it is gone. Repeatable.
+
+        Raises:
+            WorkerStuckError: Not even SIGKILL ended it in time.
+        """
         ...
 
     async def detach(self) -> None:

@@ -13,6 +13,7 @@ from unslothd.v1.training_event_pb2 import (
     TrainingEvent,
     TrainingFailed,
     TrainingStateChanged,
+    TrainingWarning,
 )
 from unslothd.v1.training_pb2 import Training
 from unslothd_server.app.loaded_model import LoadedModel
@@ -21,7 +22,9 @@ from unslothd_server.app.ports import Worker
 from unslothd_server.app.training_run import TrainingRun
 from unslothd_server.app.training_state import is_final
 from unslothd_server.app.training_store import StopWish
-from unslothd_server.errors import AbortedError, UnexpectedError, UnslothdError
+from unslothd_server.app.worker_exit import WorkerStuckError
+from unslothd_server.disk import in_units
+from unslothd_server.errors import AbortedError, ExhaustedError, UnexpectedError, UnslothdError
 from unslothd_server.status import to_status
 
 log = structlog.get_logger()
@@ -29,6 +32,10 @@ log = structlog.get_logger()
 # A training that dies this often without having got further is FAILED.
 MAX_RECOVERIES_WITHOUT_PROGRESS = 3
 _LOOKS_A_STALL = 4  # so that a hang is noticed after at most a quarter more
+# How soon a stop acts on a training that waits for its worker.
+_LOOK_AT_WAIT_SECONDS = 0.5
+# A worker that did not end is tried again after so many looks.
+_LOOKS_BETWEEN_TRIES = 60
 # The worker is gone or deaf: another one may do better. Every other error is the training's own.
 _RECOVERABLE = frozenset({ErrorReason.ERROR_REASON_WORKER_DIED, ErrorReason.ERROR_REASON_WORKER_UNRESPONSIVE})
 
@@ -47,6 +54,12 @@ class TrainingDriver:
 
     async def drive(self, entry: LoadedModel, run: TrainingRun) -> None:
         """Returns once the training is over or paused; raises nothing but a cancellation, which leaves it running."""
+        try:
+            await self._drive(entry, run)
+        except Exception as error:  # noqa: BLE001 - a bug of ours: those that wait behind must not wait for ever
+            await self._give_up(error, entry, run)
+
+    async def _drive(self, entry: LoadedModel, run: TrainingRun) -> None:
         async with entry.lock:
             entry.model.active_training_id = run.training_id
             if entry.model.state == Model.STATE_PREPARED:
@@ -66,8 +79,10 @@ class TrainingDriver:
         """One worker's part of a training."""
         if self._stopped_before_start(run):
             return
-        worker = await self._models.working(entry)
-        if self._stopped_before_start(run):  # while the worker was started
+        if entry.worker is None and self._is_beyond_help(run):
+            return
+        worker = await self._brought_up(entry, run)
+        if worker is None or self._stopped_before_start(run):  # while the worker was started
             return
         entry.model.state = Model.STATE_TRAINING
         if not await self._has(worker, run):
@@ -80,6 +95,43 @@ class TrainingDriver:
         await self._follow(entry, worker, run)
         run.worker = None
         run.keep()
+
+    async def _brought_up(self, entry: LoadedModel, run: TrainingRun) -> Worker | None:
+        """Returns the model's worker once it is there; None when a stop was asked for before.
+
+        A wait for memory, or for the end of a worker that does not end, is told by a warning, once.
+        """
+        told: set[str] = set()
+        while run.wish is StopWish.NONE or not told:
+            try:
+                return await self._worker_or_stop(entry, run, told)
+            except WorkerStuckError as stuck:
+                self._warn(run, _waits_for_end(stuck), told)
+            for _ in range(_LOOKS_BETWEEN_TRIES):
+                if run.wish is StopWish.NONE:
+                    await asyncio.sleep(_LOOK_AT_WAIT_SECONDS)
+        return None
+
+    async def _worker_or_stop(self, entry: LoadedModel, run: TrainingRun, told: set[str]) -> Worker | None:
+        working = asyncio.create_task(self._models.working(entry), name=f"worker for {run.training_id}")
+        try:
+            while not (await asyncio.wait([working], timeout=_LOOK_AT_WAIT_SECONDS))[0]:
+                if entry.lacks_memory is None:
+                    continue
+                if run.wish is not StopWish.NONE:
+                    if entry.stored.suspended:  # nobody but this training asked for the model
+                        await self._models.suspend(entry)
+                    return None
+                self._warn(run, _waits_for_memory(entry.lacks_memory), told)
+            return await working
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+    def _warn(self, run: TrainingRun, warning: TrainingWarning, told: set[str]) -> None:
+        if warning.reason not in told:
+            run.append(TrainingEvent(warning=warning))
+            told.add(warning.reason)
 
     async def _follow(self, entry: LoadedModel, worker: Worker, run: TrainingRun) -> None:
         """Takes the events as they come, up to the last one.
@@ -168,8 +220,11 @@ class TrainingDriver:
         """Decides what becomes of a training whose worker ended otherwise than by its last event."""
         known = _known(error, run.training_id)
         recoverable = known.reason in _RECOVERABLE
-        if recoverable or await self._still_trains(run):
-            await self._models.lose(entry)  # from here on nobody else writes the log
+        try:
+            if recoverable or await self._still_trains(run):
+                await self._models.lose(entry)  # from here on nobody else writes the log
+        except WorkerStuckError as stuck:  # nor does a process that has SIGKILL pending
+            known, recoverable = stuck, False
         run.worker = None
         run.catch_up()
         if run.is_halted or self._models.is_closing:
@@ -180,8 +235,20 @@ class TrainingDriver:
             else:
                 self._recover_or_end(run, known, recoverable=recoverable and not entry.stored.unloading)
         except (UnslothdError, OSError):
-            log.exception("the end of a training could not be written", training=run.training_id)
-            run.show_unwritten(TrainingEvent(failed=TrainingFailed(error=to_status(known))))
+            _show_unwritten(known, run)
+
+    async def _give_up(self, error: Exception, entry: LoadedModel, run: TrainingRun) -> None:
+        """Ends a training, and what is left of its worker, after an error that nothing was made for."""
+        known = _known(error, run.training_id)
+        with contextlib.suppress(UnslothdError):
+            await self._models.lose(entry)
+        if run.is_halted or self._models.is_closing:
+            return
+        try:
+            run.catch_up()
+            self._recover_or_end(run, known, recoverable=False)
+        except Exception:  # noqa: BLE001 - the same
+            _show_unwritten(known, run)
 
     async def _still_trains(self, run: TrainingRun) -> bool:
         """True when the worker may go on with a training that its server gives up."""
@@ -208,6 +275,11 @@ class TrainingDriver:
             await self._models.suspend(entry)
         elif is_final(run.training):
             remember_weights(self._models, entry, run)
+
+
+def _show_unwritten(cause: UnslothdError, run: TrainingRun) -> None:
+    log.exception("the end of a training could not be written", training=run.training_id)
+    run.show_unwritten(TrainingEvent(failed=TrainingFailed(error=to_status(cause))))
 
 
 def _free(entry: LoadedModel) -> None:
@@ -246,6 +318,25 @@ async def tell(run: TrainingRun) -> None:
 def state_changed(state: "Training.State.ValueType", queue_position: int = 0) -> TrainingEvent:
     """Returns the event of a new state or place."""
     return TrainingEvent(state_changed=TrainingStateChanged(state=state, queue_position=queue_position))
+
+
+def _waits_for_end(stuck: WorkerStuckError) -> TrainingWarning:
+    return TrainingWarning(
+        reason="WAITING_FOR_WORKER",
+        message=f"{stuck.message} The training waits for that and then goes on by itself, unless it is cancelled.",
+    )
+
+
+def _waits_for_memory(refused: ExhaustedError) -> TrainingWarning:
+    needed, free = (int(refused.metadata[name]) for name in ("needed_bytes", "free_bytes"))
+    return TrainingWarning(
+        reason="WAITING_FOR_MEMORY",
+        message=(
+            f"Its model needs about {in_units(needed)} on {refused.metadata['device']}, {in_units(free)} are free. The "
+            "training waits until there is room and then goes on by itself. Unload a model or pause a training to "
+            "make room; PauseTraining or CancelTraining end the wait."
+        ),
+    )
 
 
 def _recovery(run: TrainingRun, cause: UnslothdError, attempt: int) -> Recovery:

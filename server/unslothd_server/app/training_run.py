@@ -119,7 +119,7 @@ class TrainingRun:
         """Writes an event of the server's own; only while no worker has the training.
 
         Raises:
-            ExhaustedError: The disk takes no more (DISK_FULL). Nothing was shown.
+            UnslothdError: The disk takes no more (DISK_FULL, NOT_WRITABLE). Nothing was shown.
         """
         self._number(event)
         with contextlib.closing(EventLogWriter(self.store.event_log(self.training_id))) as writer:
@@ -170,7 +170,7 @@ class TrainingRun:
         """Keeps everything but the log, which keeps itself.
 
         Raises:
-            ExhaustedError: The disk takes no more (DISK_FULL).
+            UnslothdError: The disk takes no more (DISK_FULL, NOT_WRITABLE).
         """
         self.store.save(self.stored)
 

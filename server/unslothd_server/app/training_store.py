@@ -157,7 +157,7 @@ class TrainingStore:
             digest: SHA-256 of the request.
 
         Raises:
-            ExhaustedError: The disk takes no more (DISK_FULL). Nothing of the training stays.
+            UnslothdError: The disk takes no more (DISK_FULL, NOT_WRITABLE). Nothing of the training stays.
         """
         folder = self.folder_of(draft.training.training_id)
         try:
@@ -188,7 +188,7 @@ class TrainingStore:
         """Replaces training.json in one step.
 
         Raises:
-            ExhaustedError: The disk takes no more (DISK_FULL). The file is as it was.
+            UnslothdError: The disk takes no more (DISK_FULL, NOT_WRITABLE). The file is as it was.
         """
         content = {
             "version": STATE_VERSION,

@@ -331,8 +331,10 @@ class Trainings:
             chosen = _checkpoint(run, request.checkpoint_step).step if request.checkpoint_step else 0
             if not run.is_paused and not run.checkpoints_on_disk():
                 raise _no_checkpoint(run)
+            _require_rows(run)
             assert run.stored.model is not None
-            self._models.found_or_restored(run.stored.model)
+            # Behind others it waits anyway, and for memory too once it is its turn.
+            self._models.found_or_restored(run.stored.model, must_fit=self._queues.place_of(run) == 0)
             run.stored.resume_at_most = chosen
             self._bring_back(run)
             self._queues.add(run)
@@ -396,6 +398,22 @@ def _checkpoint(run: TrainingRun, step: int) -> Checkpoint:
         if checkpoint.step == step:
             return checkpoint
     raise _no_checkpoint(run, step)
+
+
+def _require_rows(run: TrainingRun) -> None:
+    """Refuses to go on without rows: only a training that is not over keeps an uploaded dataset from being deleted."""
+    asked, found = run.training, run.stored.assignment
+    for source, path in (
+        (asked.train_dataset, found.train_dataset.path),
+        (asked.eval_dataset, found.eval_dataset.path),
+    ):
+        if path and not Path(path).exists():
+            where = f'dataset "{source.dataset_id}"' if source.dataset_id else f'"{path}"'
+            mend = "Upload the same bytes again" if source.dataset_id else "Bring it back"
+            raise NotFoundError(
+                ErrorReason.ERROR_REASON_DATASET_NOT_FOUND,
+                f'Training "{run.training_id}" reads {where}, which is gone. {mend}, then resume.',
+            )
 
 
 def _no_checkpoint(run: TrainingRun, step: int = 0) -> NotFoundError:

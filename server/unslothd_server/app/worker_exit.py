@@ -30,6 +30,24 @@ class WorkerExit:
     asked: bool
 
 
+class WorkerStuckError(AbortedError):
+    """Not even SIGKILL ended a worker (WORKER_UNRESPONSIVE). It does nothing any more, but holds what it had.
+
+    Args:
+        model_id: Its model.
+        pid: Its process.
+    """
+
+    def __init__(self, model_id: str, pid: int) -> None:
+        super().__init__(
+            ErrorReason.ERROR_REASON_WORKER_UNRESPONSIVE,
+            f'The worker of model "{model_id}", process {pid}, does not end, not even by SIGKILL: a driver or a disk '
+            "holds it in the kernel, and with it the memory of its device. Until it is gone the model cannot be loaded "
+            "again; the kernel's log (dmesg) tells more, and a restart of the host ends it.",
+            metadata={"model_id": model_id, "pid": str(pid)},
+        )
+
+
 def worker_died(model_id: str, end: WorkerExit) -> AbortedError:
     """Returns the error of every call on a worker that is gone."""
     metadata = {"model_id": model_id}

@@ -2,15 +2,11 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from transformers import TrainerCallback
 
 from unslothd.v1.training_event_pb2 import Evaluation, StepProgress, TrainingEvent
-from unslothd.v1.training_pb2 import Checkpoint
-from unslothd_server.engine import checkpoints
 from unslothd_server.engine.honesty import StepWatch
 from unslothd_server.engine.memory import gpu_utilization
 from unslothd_server.engine.run_figures import LogInterval, RunFigures
@@ -20,7 +16,7 @@ Emit = Callable[[TrainingEvent], None]
 
 
 class EventCallback(TrainerCallback):
-    """Emits an event for each logged step, evaluation and checkpoint, and obeys the stop signal.
+    """Emits an event for each logged step and evaluation, and obeys the stop signal.
 
     Args:
         emit: Takes events; returns once one is in the log.
@@ -28,7 +24,6 @@ class EventCallback(TrainerCallback):
         figures: Kept up to date.
         on_begin: Called once before the first step, when optimizer, schedule and restored state are there.
         has_eval: True with an eval dataset.
-        keep_checkpoints: Newest ones that stay when another one is saved; 0 = all.
     """
 
     def __init__(
@@ -39,14 +34,12 @@ class EventCallback(TrainerCallback):
         *,
         on_begin: Callable[[], None],
         has_eval: bool,
-        keep_checkpoints: int,
     ) -> None:
         self._emit = emit
         self._stop = stop
         self._figures = figures
         self._on_begin = on_begin
         self._has_eval = has_eval
-        self._keep_checkpoints = keep_checkpoints
         self._watch = StepWatch()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -103,19 +96,6 @@ class EventCallback(TrainerCallback):
                 )
             )
         )
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint that is whole and on the disk; only once its event is in the log may older ones go."""
-        output_dir, step = Path(args.output_dir), state.global_step
-        self._figures.saved_step = step
-        now = Timestamp()
-        now.GetCurrentTime()
-        saved = Checkpoint(step=step, path=str(checkpoints.folder_of(output_dir, step)), create_time=now)
-        loss = self._figures.evaluations.loss_at(step)
-        if loss is not None:
-            saved.eval_loss = loss
-        self._emit(TrainingEvent(checkpoint_saved=saved))
-        checkpoints.remove_surplus(output_dir, self._keep_checkpoints)
 
     def _progress(self, state: Any, logs: dict[str, Any]) -> StepProgress:
         figures, last = self._figures, self._figures.interval

@@ -152,6 +152,12 @@ def choose(asked: Path, fallbacks: Sequence[Path]) -> ResumePoint:
     )
 
 
+def remove(folder: Path) -> None:
+    """Removes a checkpoint, as far as the disk lets it; of half a folder nothing is taken for a whole one."""
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_after(output_dir: Path, step: int) -> None:
     """Removes what a training that goes on after a step makes again, and what was never finished.
 
@@ -161,7 +167,7 @@ def remove_after(output_dir: Path, step: int) -> None:
     """
     for folder in _folders(output_dir):
         if step_of(folder) > step or verify(folder, contents=False) is not None:
-            _remove(folder)
+            remove(folder)
 
 
 def remove_surplus(output_dir: Path, keep: int) -> None:
@@ -177,7 +183,7 @@ def remove_surplus(output_dir: Path, keep: int) -> None:
     best = _best(folders)
     for folder in folders[:-keep]:
         if folder != best:
-            _remove(folder)
+            remove(folder)
 
 
 def _best(folders: Sequence[Path]) -> Path | None:
@@ -194,9 +200,3 @@ def _eval_loss(folder: Path) -> float | None:
 def _folders(output_dir: Path) -> list[Path]:
     """Folders of checkpoints, whole or not, oldest first."""
     return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) and path.is_dir()), key=step_of)
-
-
-def _remove(folder: Path) -> None:
-    # Without its manifest, a folder of which something stays is not taken for a whole one.
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ from unslothd.v1.artifact_pb2 import Artifact, ExportFormat, ExportProgress
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.worker.v1.worker_service_pb2 import ExportModelRequest
 from unslothd_server.engine import gguf_export, hub
+from unslothd_server.engine.disk_faults import disk_fault
 from unslothd_server.engine.export_weights import merged_weights
 from unslothd_server.engine.export_writer import write_model
 from unslothd_server.engine.model_loading import LoadedModel
@@ -62,7 +63,7 @@ def export(
     Raises:
         PreconditionError: EXPORT_UNSUPPORTED.
         InvalidFieldsError: gguf_quantization is unknown.
-        ExhaustedError: DISK_FULL, OUT_OF_MEMORY.
+        UnslothdError: DISK_FULL, NOT_WRITABLE, OUT_OF_MEMORY.
     """
     progress = Progress(report, cancelled)
     write = _writer(loaded, request, progress)
@@ -74,7 +75,7 @@ def export(
     except UnslothdError:
         raise
     except Exception as error:
-        known = exhausted(error, OOM_REMEDY)
+        known = disk_fault(error, target.parent, "export again: nothing was kept") or exhausted(error, OOM_REMEDY)
         if known is None:
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that did not fit

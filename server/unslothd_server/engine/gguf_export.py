@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from unslothd_server.engine.disk_faults import FULL_TEXTS
 from unslothd_server.engine.export_weights import MergedWeights
 from unslothd_server.engine.export_writer import write_model
 from unslothd_server.engine.model_loading import LoadedModel
-from unslothd_server.engine.oom import DISK_TEXTS
 from unslothd_server.export_formats import DEFAULT_GGUF_QUANTIZATION, check_gguf_quantization, export_unsupported
 from unslothd_server.llama_cpp import CONVERTER_TYPES, FOLDER_VARIABLE, find_llama_cpp
 
@@ -101,7 +101,7 @@ def _wait(process: "subprocess.Popen[bytes]") -> None:
 
 def _failure(command: Sequence[str], returncode: int, log: Path) -> Exception:
     text = log.read_text(encoding="utf-8", errors="replace")
-    if any(known in text for known in DISK_TEXTS):
+    if any(known in text for known in FULL_TEXTS):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     program = Path(command[1] if command[0] == sys.executable else command[0]).name
     tail = "\n".join(text.strip().splitlines()[-_TAIL_LINES:])

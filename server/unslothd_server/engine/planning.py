@@ -89,7 +89,7 @@ def _ready_trainer(
             clock=StepClock(),
             hooks=TrainerHooks(
                 check_stop=check,
-                checkpoint_written=lambda folder: None,
+                save_checkpoint=lambda trainer, write: None,
                 evaluation_over=lambda step: None,
                 warn=lambda warning: None,
                 repaired=lambda split, error: None,

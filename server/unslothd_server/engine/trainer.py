@@ -7,7 +7,6 @@ from typing import Any
 
 from unslothd.v1.training_event_pb2 import TrainingWarning
 from unslothd.v1.training_pb2 import TrainingConfig
-from unslothd_server.engine.checkpoints import folder_of
 from unslothd_server.engine.evaluation import within_memory
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.passes import PassSplit, StepPasses
@@ -28,7 +27,7 @@ class TrainerHooks:
 
     Args:
         check_stop: Before every eval batch; raises to end the evaluation.
-        checkpoint_written: When all files of Transformers are in a checkpoint's folder; writes what else belongs there.
+        save_checkpoint: With the trainer and what has it write its files: makes a checkpoint of its step.
         evaluation_over: With its optimizer step, when an evaluation is done or was left out.
         warn: Takes what a user should know of an evaluation.
         repaired: Takes what was changed because memory ran out in a pass, and the error.
@@ -36,7 +35,7 @@ class TrainerHooks:
     """
 
     check_stop: Callable[[], None]
-    checkpoint_written: Callable[[Path], None]
+    save_checkpoint: Callable[[Any, Callable[[], None]], None]
     evaluation_over: Callable[[int], None]
     warn: Callable[[TrainingWarning], None]
     repaired: Callable[[PassSplit, ExhaustedError], None]
@@ -272,9 +271,9 @@ def _trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks) -> Any:
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             self._count_tokens()
+            write = super()._save_checkpoint
             with clock.stopped():
-                super()._save_checkpoint(*args, **kwargs)
-                hooks.checkpoint_written(folder_of(Path(self.args.output_dir), self.state.global_step))
+                hooks.save_checkpoint(self, lambda: write(*args, **kwargs))
 
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
             """The mean over tokens; Transformers' own is a mean over rows of batch means."""

@@ -3,8 +3,7 @@
 import gc
 import shutil
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,9 @@ from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, Train
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
 from unslothd_server.engine import checkpoints, environment, honesty, pass_tuning, readback, reports
 from unslothd_server.engine.callbacks import Emit, EventCallback
+from unslothd_server.engine.checkpoint_saver import GO_ON, CheckpointSaver
+from unslothd_server.engine.curves import Curves
+from unslothd_server.engine.disk_faults import disk_fault
 from unslothd_server.engine.durable_files import sync_folder
 from unslothd_server.engine.evaluation import EarlyStopping
 from unslothd_server.engine.memory import PeakMemory
@@ -64,6 +66,7 @@ class TrainingRun:
         self._stop = stop
         self._output_dir = Path(request.output_dir)
         self._figures = RunFigures(StepClock(), PeakMemory())
+        self._saver = CheckpointSaver(emit, stop, self._figures, keep=request.config.save_total_limit)
         self._trainer: Any = None
         self._rows: PreparedRows | None = None
         self._resume: checkpoints.ResumePoint | None = None
@@ -76,7 +79,7 @@ class TrainingRun:
         """Trains to the end, or to the stop.
 
         Raises:
-            UnslothdError: What a user can mend, as the parts say; OUT_OF_MEMORY and DISK_FULL among them.
+            UnslothdError: What a user can mend, as the parts say; OUT_OF_MEMORY, DISK_FULL, NOT_WRITABLE among them.
         """
         try:
             self._resume = self._resume_point()
@@ -85,16 +88,15 @@ class TrainingRun:
             )
             self._rows = rows
             checkpoints.remove_after(self._output_dir, self._first_step - 1)
-            with self._tensorboard() as tensorboard:
+            with closing(self._curves()) as curves:
                 events = EventCallback(
                     self._emit,
                     self._stop,
                     self._figures,
                     on_begin=self._started,
                     has_eval=rows.evaluation is not None,
-                    keep_checkpoints=self._request.config.save_total_limit,
                 )
-                self._trainer = self._build(rows, [*tensorboard, events])
+                self._trainer = self._build(rows, [curves, events])
                 self._trainer.train(resume_from_checkpoint=str(self._resume.folder) if self._resume else None)
                 return self._finish()
         except _StopRequestedError:
@@ -102,7 +104,7 @@ class TrainingRun:
         except UnslothdError:
             raise
         except Exception as error:
-            known = exhausted(error, OOM_REMEDY)
+            known = disk_fault(error, self._output_dir, GO_ON) or exhausted(error, OOM_REMEDY)
             if known is None:
                 raise
             # The traceback's frames hold the tensors that did not fit.
@@ -133,21 +135,9 @@ class TrainingRun:
     def _tensorboard_dir(self) -> Path:
         return self._output_dir / "runs"
 
-    @contextmanager
-    def _tensorboard(self) -> Iterator[list[Any]]:
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-
+    def _curves(self) -> Curves:
         # On a resume the figures of steps that are done again are replaced.
-        purge_step = self._first_step if self._resume else None
-        writer = SummaryWriter(log_dir=str(self._tensorboard_dir), purge_step=purge_step)
-        callback = TensorBoardCallback(writer)
-        # Transformers closes its writer before our last evaluation, and opens another one here.
-        callback.logging_dir = str(self._tensorboard_dir)
-        try:
-            yield [callback]
-        finally:
-            writer.close()
+        return Curves(self._tensorboard_dir, purge_step=self._first_step if self._resume else None, warn=self._warn)
 
     def _build(self, rows: PreparedRows, callbacks: list[Any]) -> Any:
         config, evaluations = self._request.config, self._figures.evaluations
@@ -163,7 +153,7 @@ class TrainingRun:
             clock=self._figures.clock,
             hooks=TrainerHooks(
                 check_stop=self._check_stop,
-                checkpoint_written=self._checkpoint_written,
+                save_checkpoint=self._saver.save,
                 evaluation_over=self._evaluation_over,
                 warn=self._warn,
                 repaired=self._repaired,
@@ -198,12 +188,6 @@ class TrainingRun:
 
     def _evaluation_over(self, step: int) -> None:
         self._figures.evaluations.over_step = step
-
-    def _checkpoint_written(self, folder: Path) -> None:
-        """Adds what a resume needs besides Transformers' own files, and seals the folder."""
-        self._figures.interval.loss_sum = self._trainer.interval_loss()
-        self._figures.write(folder)
-        checkpoints.seal(folder, eval_loss=self._figures.evaluations.loss_at(checkpoints.step_of(folder)))
 
     def _started(self) -> None:
         """Called when optimizer and schedule exist and before anything runs."""
@@ -272,24 +256,17 @@ class TrainingRun:
         if trainer.eval_dataset is not None and self._figures.evaluations.over_step != step:
             trainer.evaluate()
         # Early stopping ends a training without a save.
-        self._save_checkpoint(step)
+        self._saver.save_now(self._trainer)
         for warning in honesty.unchanged_warnings(self._weights_before, trainer.model, step + 1 - self._first_step):
             self._warn(warning)
         metrics = reports.metrics(trainer, self._figures)
         return TrainingSucceeded(metrics=metrics, output_dir=str(self._save_final("succeeded", metrics)))
 
-    def _save_checkpoint(self, step: int) -> None:
-        """Saves at a step boundary outside of Transformers' loop, unless that step is on the disk already."""
-        trainer = self._trainer
-        if self._figures.saved_step != step:
-            trainer._save_checkpoint(trainer.model, trial=None)
-            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
-
     def _stopped(self) -> TrainingCancelled | TrainingPaused:
         """A stop before the first step or out of an evaluation; the trainer stands at a step boundary."""
         step = int(self._trainer.state.global_step) if self._trainer is not None else 0
         if step and self._stop.keeps_checkpoint:
-            self._save_checkpoint(step)
+            self._saver.save_now(self._trainer)
         return self._halted(step)
 
     def _halted(self, step: int) -> TrainingCancelled | TrainingPaused:
@@ -305,9 +282,13 @@ class TrainingRun:
         final, work = self._output_dir / "final", self._output_dir / "final.partial"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        self._loaded.model.save_pretrained(str(work))
-        self._loaded.tokenizer.save_pretrained(str(work))
-        write_receipt(self._finished_run(outcome, metrics), work)
+        try:
+            self._loaded.model.save_pretrained(str(work))
+            self._loaded.tokenizer.save_pretrained(str(work))
+            write_receipt(self._finished_run(outcome, metrics), work)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
         sync_folder(self._output_dir)

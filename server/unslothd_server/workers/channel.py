@@ -15,7 +15,7 @@ from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import TrainingPlan
 from unslothd.worker.v1 import worker_service_pb2 as messages
 from unslothd.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
-from unslothd_server.app.worker_exit import WorkerExit, worker_died
+from unslothd_server.app.worker_exit import WorkerExit, WorkerStuckError, worker_died
 from unslothd_server.errors import UnslothdError
 from unslothd_server.worker.exit_record import read_exit_record
 from unslothd_server.workers import exit_report
@@ -175,7 +175,7 @@ class WorkerProcess:
         """Ends the process by the bounded stop ladder and removes its folder. Repeatable; goes on when cancelled.
 
         Raises:
-            AbortedError: Not even SIGKILL ended it in time (WORKER_UNRESPONSIVE).
+            WorkerStuckError: Not even SIGKILL ended it in time.
         """
         if self._stopping is None or (self._stopping.done() and self._stopping.exception() is not None):
             self._stopping = asyncio.create_task(self._stop(), name=f"stop of worker {self.model_id}")
@@ -197,7 +197,7 @@ class WorkerProcess:
             self._asked = True
             await stop_process(self._process, self._end, self._ask_to_end, self._timeouts)
         if not self._end.done():
-            raise exit_report.unresponsive(self.model_id, "being killed", self._timeouts.end_on_sigkill)
+            raise WorkerStuckError(self.model_id, self._process.pid)
         await self._channel.close(grace=self._timeouts.death_after_broken_call)
         await asyncio.to_thread(self._bundle.remove, self._home)
         return self._end.result()

@@ -141,7 +141,7 @@ def test_a_checkpoint_holds_what_a_resume_needs(prepared: Loaded, texts: list[Ro
     [
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "OUT_OF_MEMORY", "batch"),
         (MemoryError(), "OUT_OF_MEMORY", "batch_size"),
-        (OSError(errno.ENOSPC, "No space left on device"), "DISK_FULL", "save_total_limit"),
+        (OSError(errno.ENOSPC, "No space left on device"), "DISK_FULL", "ResumeTraining"),
     ],
     ids=["allocator", "python", "disk"],
 )

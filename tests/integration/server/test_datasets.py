@@ -12,12 +12,13 @@ import pytest
 
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
-from support.calls import CALL_SECONDS, CallError, error_of, prepared_model, train
+from support.calls import CALL_SECONDS, CallError, error_of, prepared_model, train, watch
 from support.running_server import RunningServer
 from support.uploads import FORMATS, as_arrow, as_jsonl, as_parquet, chunks, header, id_of, upload
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.dataset_pb2 import DataFormat, DatasetSource
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
+from unslothd.v1.training_pb2 import TrainingConfig
 
 ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(250)]
 JSONL, CSV = DataFormat.DATA_FORMAT_JSONL, DataFormat.DATA_FORMAT_CSV
@@ -358,6 +359,31 @@ def test_an_uploaded_dataset_is_trained_on_and_not_deleted_while_it_is_used(
         training = stub.GetTraining(pb.GetTrainingRequest(training_id=training_id)).training
         assert training.train_dataset.dataset_id == dataset_id
     stub.DeleteDataset(delete, timeout=CALL_SECONDS)
+
+
+def test_a_failed_training_does_not_hold_its_dataset_and_a_resume_without_it_is_refused(
+    server: RunningServer, stub: UnslothServiceStub, tmp_path: Path
+):
+    gate = StepGate(tmp_path / "gate")
+    gate.open(1)
+    data = fake_row(steps=2, gate=str(gate)).encode()
+    dataset_id = upload(stub, data).dataset.dataset_id
+    with prepared_model(stub, "tiny", TrainingConfig(save_steps=1)) as model:
+        events = train(stub, model.model_id, DatasetSource(dataset_id=dataset_id))
+        training_id = next(event.training_id for event in events if event.HasField("checkpoint_saved"))
+        cancel = pb.CancelTrainingRequest(training_id=training_id)
+        stub.CancelTraining(cancel, timeout=CALL_SECONDS)
+        gate.open_all()
+        written = len(list(watch(stub, training_id)))
+        stub.DeleteDataset(pb.DeleteDatasetRequest(dataset_id=dataset_id), timeout=CALL_SECONDS)
+        resume = pb.ResumeTrainingRequest(training_id=training_id)
+        error = error_of(lambda: stub.ResumeTraining(resume, timeout=CALL_SECONDS))
+        assert (error.code, error.reason) == ("NOT_FOUND", "DATASET_NOT_FOUND")
+        assert "Upload the same bytes again, then resume" in error.message
+        assert len(list(watch(stub, training_id))) == written
+        upload(stub, data)
+        stub.ResumeTraining(resume, timeout=CALL_SECONDS)
+        assert list(watch(stub, training_id))[-1].HasField("succeeded")
 
 
 def test_training_on_a_dataset_that_is_not_stored_is_refused(stub: UnslothServiceStub):

@@ -202,7 +202,7 @@ def test_a_home_that_becomes_read_only_refuses_what_is_new_and_what_runs_goes_on
         try:
             for call in calls_that_write(scene):
                 error = error_of(call)
-                assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "DISK_FULL")
+                assert (error.code, error.reason) == ("FAILED_PRECONDITION", "NOT_WRITABLE")
                 assert "Make it writable" in error.message
             gate.open_all()
             assert list(watch(scene.stub, training_id))[-1].HasField("succeeded")

@@ -4,17 +4,17 @@ import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from doubles.in_memory_workers import InMemoryHost, InMemoryTraining
+from doubles.in_memory_workers import InMemoryTraining
+from support.app_in_memory import AppInMemory, write_model
 from unslothd.v1.dataset_pb2 import DatasetSource, InlineRows
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.model_pb2 import Model
-from unslothd.v1.server_info_pb2 import Device
 from unslothd.v1.service_pb2 import (
     LoadModelRequest,
     PrepareForTrainingRequest,
@@ -23,12 +23,9 @@ from unslothd.v1.service_pb2 import (
 )
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import Training
-from unslothd_server.app.model_store import ModelStore
 from unslothd_server.app.models import Models
-from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.app.training_run import TrainingRun
 from unslothd_server.app.training_state import FINAL_STATES, apply, is_final
-from unslothd_server.app.training_store import TrainingStore
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.errors import UnavailableError, UnslothdError
 from unslothd_server.event_log import EventLogReader
@@ -51,14 +48,6 @@ _TURNS = 60  # of the event loop, after which whatever happens by itself has hap
 _picks = st.integers(0, 5)
 
 
-class OneCpu:
-    """A device with room for everything."""
-
-    def list(self) -> list[Device]:
-        """The device."""
-        return [Device(device="cpu", total_memory_bytes=1 << 40, free_memory_bytes=1 << 40)]
-
-
 class AppMachine(RuleBasedStateMachine):
     """Calls, deaths and restarts in any order."""
 
@@ -66,8 +55,7 @@ class AppMachine(RuleBasedStateMachine):
         super().__init__()
         self._scratch = tempfile.TemporaryDirectory()
         self._folder = Path(self._scratch.name)
-        (self._folder / "roots" / "m").mkdir(parents=True)
-        (self._folder / "roots" / "m" / "config.json").write_text("{}")
+        write_model(self._folder / "roots" / "m")
         self._loop = asyncio.new_event_loop()
         self._callers: list[asyncio.Task[Any]] = []
         self._abandoned: set[asyncio.Task[Any]] = set()
@@ -77,30 +65,17 @@ class AppMachine(RuleBasedStateMachine):
     # --- the app, and time ---
 
     async def _begin(self) -> None:
-        self._host = InMemoryHost()
-        await self._start()
+        self._app = AppInMemory(self._folder)
+        self._host = self._app.host
+        await self._app.start()
 
-    async def _start(self) -> None:
-        self.models = Models(
-            cast("Any", self._host),
-            cast("Any", OneCpu()),
-            AllowedRoots([self._folder / "roots"]),
-            ModelStore(self._folder / "models"),
-            max_loaded=3,
-            result_of=lambda training_id, step: self.trainings.result_of(training_id, step),  # noqa: PLW0108 - made below
-        )
-        self.trainings = Trainings(
-            TrainingStore(self._folder / "trainings", self._folder / "output"),
-            self.models,
-            AllowedRoots([self._folder / "roots"]),
-            Path,
-            max_queued=5,
-            heartbeat_seconds=3600,
-            stall_seconds=3600,
-        )
-        self.trainings.read_all()
-        await self.models.recover(self._host.attach_living(), self.trainings.newest_result)
-        await self.trainings.go_on()
+    @property
+    def models(self) -> Models:
+        return self._app.models
+
+    @property
+    def trainings(self) -> Trainings:
+        return self._app.trainings
 
     def _run(self, work: Awaitable[Any]) -> Any:
         async def settle() -> Any:
@@ -250,15 +225,14 @@ class AppMachine(RuleBasedStateMachine):
         self._run(self._kill())
 
     async def _kill(self) -> None:
-        self._host.generation += 1  # its calls never come back, so that its tasks do nothing any more
         self._abandoned |= asyncio.all_tasks() - {asyncio.current_task()}
         self._callers.clear()
-        await self._start()
+        await self._app.kill_and_start()
 
     @rule(leave=st.booleans())
     def the_server_is_stopped_and_started(self, leave: bool) -> None:
         self._run(self._stop(leave=leave))
-        self._run(self._start())
+        self._run(self._app.start())
 
     async def _stop(self, *, leave: bool) -> None:
         async with asyncio.timeout(30):

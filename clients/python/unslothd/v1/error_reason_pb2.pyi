@@ -74,6 +74,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ALREADY_EXISTS. output_dir holds the results of another training or export."""
     ERROR_REASON_MODEL_ID_TAKEN: _ErrorReason.ValueType  # 32
     """ALREADY_EXISTS. Another model is loaded under the id of the training's model; unload it first."""
+    ERROR_REASON_NOT_WRITABLE: _ErrorReason.ValueType  # 33
+    """FAILED_PRECONDITION. The server may not write to its home or the output root: their mode, or a read-only disk."""
     ERROR_REASON_PATH_NOT_ALLOWED: _ErrorReason.ValueType  # 40
     """PERMISSION_DENIED. A path lies outside the roots that the operator allows."""
     ERROR_REASON_HUB_ACCESS_DENIED: _ErrorReason.ValueType  # 41
@@ -91,7 +93,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 54
     """RESOURCE_EXHAUSTED. The device ran out of memory while it trained."""
     ERROR_REASON_DISK_FULL: _ErrorReason.ValueType  # 55
-    """RESOURCE_EXHAUSTED. The disk that holds the server's home or the output root is full."""
+    """RESOURCE_EXHAUSTED. The disk that holds the server's home or the output root is full; metadata: path, free_bytes,
+    and needed_bytes where it is known.
+    """
     ERROR_REASON_DATASET_TOO_LARGE: _ErrorReason.ValueType  # 56
     """RESOURCE_EXHAUSTED. The dataset is larger than ServerLimits.max_dataset_bytes; metadata: max_bytes."""
     ERROR_REASON_TOO_MANY_REQUESTS: _ErrorReason.ValueType  # 57
@@ -195,6 +199,8 @@ ERROR_REASON_OUTPUT_DIR_TAKEN: ErrorReason.ValueType  # 31
 """ALREADY_EXISTS. output_dir holds the results of another training or export."""
 ERROR_REASON_MODEL_ID_TAKEN: ErrorReason.ValueType  # 32
 """ALREADY_EXISTS. Another model is loaded under the id of the training's model; unload it first."""
+ERROR_REASON_NOT_WRITABLE: ErrorReason.ValueType  # 33
+"""FAILED_PRECONDITION. The server may not write to its home or the output root: their mode, or a read-only disk."""
 ERROR_REASON_PATH_NOT_ALLOWED: ErrorReason.ValueType  # 40
 """PERMISSION_DENIED. A path lies outside the roots that the operator allows."""
 ERROR_REASON_HUB_ACCESS_DENIED: ErrorReason.ValueType  # 41
@@ -212,7 +218,9 @@ ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 53
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 54
 """RESOURCE_EXHAUSTED. The device ran out of memory while it trained."""
 ERROR_REASON_DISK_FULL: ErrorReason.ValueType  # 55
-"""RESOURCE_EXHAUSTED. The disk that holds the server's home or the output root is full."""
+"""RESOURCE_EXHAUSTED. The disk that holds the server's home or the output root is full; metadata: path, free_bytes,
+and needed_bytes where it is known.
+"""
 ERROR_REASON_DATASET_TOO_LARGE: ErrorReason.ValueType  # 56
 """RESOURCE_EXHAUSTED. The dataset is larger than ServerLimits.max_dataset_bytes; metadata: max_bytes."""
 ERROR_REASON_TOO_MANY_REQUESTS: ErrorReason.ValueType  # 57

@@ -79,7 +79,8 @@ class UnslothServiceStub:
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListDatasetsRequest, _service_pb2.ListDatasetsResponse]
     """Stored datasets, newest first."""
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_service_pb2.DeleteDatasetRequest, _service_pb2.DeleteDatasetResponse]
-    """Removes a stored dataset.
+    """Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
+    that needs the same bytes uploaded again.
     Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
     """
     PlanTraining: _grpc.UnaryUnaryMultiCallable[_service_pb2.PlanTrainingRequest, _service_pb2.PlanTrainingResponse]
@@ -94,7 +95,8 @@ class UnslothServiceStub:
     (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
     OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
     (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-    DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+    DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
+    WORKER_UNRESPONSIVE).
     """
     WatchTraining: _grpc.UnaryStreamMultiCallable[_service_pb2.WatchTrainingRequest, _service_pb2.WatchTrainingResponse]
     """Replays the log from the entry after after_sequence, then follows it. Ends OK after the terminal event, whatever
@@ -117,9 +119,11 @@ class UnslothServiceStub:
     ResumeTraining: _grpc.UnaryUnaryMultiCallable[_service_pb2.ResumeTrainingRequest, _service_pb2.ResumeTrainingResponse]
     """Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
     A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-    on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
-    Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
-    (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+    on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
+    is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
+    training waits for it and tells so by a WAITING_FOR_MEMORY warning.
+    Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
+    (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
     """
     Generate: _grpc.UnaryStreamMultiCallable[_service_pb2.GenerateRequest, _service_pb2.GenerateResponse]
     """Streams text from a loaded model, then a summary. Refused while a training runs on the model.
@@ -191,7 +195,8 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     ListDatasets: _aio.UnaryUnaryMultiCallable[_service_pb2.ListDatasetsRequest, _service_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     """Stored datasets, newest first."""
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_service_pb2.DeleteDatasetRequest, _service_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
-    """Removes a stored dataset.
+    """Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
+    that needs the same bytes uploaded again.
     Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
     """
     PlanTraining: _aio.UnaryUnaryMultiCallable[_service_pb2.PlanTrainingRequest, _service_pb2.PlanTrainingResponse]  # type: ignore[assignment]
@@ -206,7 +211,8 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
     OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
     (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-    DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+    DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
+    WORKER_UNRESPONSIVE).
     """
     WatchTraining: _aio.UnaryStreamMultiCallable[_service_pb2.WatchTrainingRequest, _service_pb2.WatchTrainingResponse]  # type: ignore[assignment]
     """Replays the log from the entry after after_sequence, then follows it. Ends OK after the terminal event, whatever
@@ -229,9 +235,11 @@ class UnslothServiceAsyncStub(UnslothServiceStub):
     ResumeTraining: _aio.UnaryUnaryMultiCallable[_service_pb2.ResumeTrainingRequest, _service_pb2.ResumeTrainingResponse]  # type: ignore[assignment]
     """Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
     A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-    on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
-    Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
-    (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+    on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
+    is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
+    training waits for it and tells so by a WAITING_FOR_MEMORY warning.
+    Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
+    (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
     """
     Generate: _aio.UnaryStreamMultiCallable[_service_pb2.GenerateRequest, _service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams text from a loaded model, then a summary. Refused while a training runs on the model.
@@ -360,7 +368,8 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.DeleteDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.DeleteDatasetResponse, _abc.Awaitable[_service_pb2.DeleteDatasetResponse]]:
-        """Removes a stored dataset.
+        """Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
+        that needs the same bytes uploaded again.
         Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
         """
 
@@ -387,7 +396,8 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
         (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
         OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
         (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-        DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+        DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
+        WORKER_UNRESPONSIVE).
         """
 
     @_abc_1.abstractmethod
@@ -446,9 +456,11 @@ class UnslothServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_service_pb2.ResumeTrainingResponse, _abc.Awaitable[_service_pb2.ResumeTrainingResponse]]:
         """Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
         A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-        on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
-        Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
-        (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+        on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
+        is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
+        training waits for it and tells so by a WAITING_FOR_MEMORY warning.
+        Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
+        (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
         """
 
     @_abc_1.abstractmethod

@@ -80,6 +80,8 @@ const (
 	ErrorReason_ERROR_REASON_OUTPUT_DIR_TAKEN ErrorReason = 31
 	// ALREADY_EXISTS. Another model is loaded under the id of the training's model; unload it first.
 	ErrorReason_ERROR_REASON_MODEL_ID_TAKEN ErrorReason = 32
+	// FAILED_PRECONDITION. The server may not write to its home or the output root: their mode, or a read-only disk.
+	ErrorReason_ERROR_REASON_NOT_WRITABLE ErrorReason = 33
 	// PERMISSION_DENIED. A path lies outside the roots that the operator allows.
 	ErrorReason_ERROR_REASON_PATH_NOT_ALLOWED ErrorReason = 40
 	// PERMISSION_DENIED. The Hub asks for a token with access to this repository.
@@ -96,7 +98,8 @@ const (
 	ErrorReason_ERROR_REASON_QUEUE_FULL ErrorReason = 53
 	// RESOURCE_EXHAUSTED. The device ran out of memory while it trained.
 	ErrorReason_ERROR_REASON_OUT_OF_MEMORY ErrorReason = 54
-	// RESOURCE_EXHAUSTED. The disk that holds the server's home or the output root is full.
+	// RESOURCE_EXHAUSTED. The disk that holds the server's home or the output root is full; metadata: path, free_bytes,
+	// and needed_bytes where it is known.
 	ErrorReason_ERROR_REASON_DISK_FULL ErrorReason = 55
 	// RESOURCE_EXHAUSTED. The dataset is larger than ServerLimits.max_dataset_bytes; metadata: max_bytes.
 	ErrorReason_ERROR_REASON_DATASET_TOO_LARGE ErrorReason = 56
@@ -168,6 +171,7 @@ var (
 		30:  "ERROR_REASON_REQUEST_ID_REUSED",
 		31:  "ERROR_REASON_OUTPUT_DIR_TAKEN",
 		32:  "ERROR_REASON_MODEL_ID_TAKEN",
+		33:  "ERROR_REASON_NOT_WRITABLE",
 		40:  "ERROR_REASON_PATH_NOT_ALLOWED",
 		41:  "ERROR_REASON_HUB_ACCESS_DENIED",
 		42:  "ERROR_REASON_INSUFFICIENT_SCOPE",
@@ -222,6 +226,7 @@ var (
 		"ERROR_REASON_REQUEST_ID_REUSED":      30,
 		"ERROR_REASON_OUTPUT_DIR_TAKEN":       31,
 		"ERROR_REASON_MODEL_ID_TAKEN":         32,
+		"ERROR_REASON_NOT_WRITABLE":           33,
 		"ERROR_REASON_PATH_NOT_ALLOWED":       40,
 		"ERROR_REASON_HUB_ACCESS_DENIED":      41,
 		"ERROR_REASON_INSUFFICIENT_SCOPE":     42,
@@ -283,7 +288,7 @@ var File_unslothd_v1_error_reason_proto protoreflect.FileDescriptor
 
 const file_unslothd_v1_error_reason_proto_rawDesc = "" +
 	"\n" +
-	"\x1eunslothd/v1/error_reason.proto\x12\vunslothd.v1*\x90\x0e\n" +
+	"\x1eunslothd/v1/error_reason.proto\x12\vunslothd.v1*\xaf\x0e\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1e\n" +
@@ -310,7 +315,8 @@ const file_unslothd_v1_error_reason_proto_rawDesc = "" +
 	"\x1fERROR_REASON_EXPORT_UNSUPPORTED\x10\x1d\x12\"\n" +
 	"\x1eERROR_REASON_REQUEST_ID_REUSED\x10\x1e\x12!\n" +
 	"\x1dERROR_REASON_OUTPUT_DIR_TAKEN\x10\x1f\x12\x1f\n" +
-	"\x1bERROR_REASON_MODEL_ID_TAKEN\x10 \x12!\n" +
+	"\x1bERROR_REASON_MODEL_ID_TAKEN\x10 \x12\x1d\n" +
+	"\x19ERROR_REASON_NOT_WRITABLE\x10!\x12!\n" +
 	"\x1dERROR_REASON_PATH_NOT_ALLOWED\x10(\x12\"\n" +
 	"\x1eERROR_REASON_HUB_ACCESS_DENIED\x10)\x12#\n" +
 	"\x1fERROR_REASON_INSUFFICIENT_SCOPE\x10*\x12$\n" +

@@ -89,7 +89,8 @@ type UnslothServiceClient interface {
 	GetDataset(ctx context.Context, in *GetDatasetRequest, opts ...grpc.CallOption) (*GetDatasetResponse, error)
 	// Stored datasets, newest first.
 	ListDatasets(ctx context.Context, in *ListDatasetsRequest, opts ...grpc.CallOption) (*ListDatasetsResponse, error)
-	// Removes a stored dataset.
+	// Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
+	// that needs the same bytes uploaded again.
 	// Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
 	DeleteDataset(ctx context.Context, in *DeleteDatasetRequest, opts ...grpc.CallOption) (*DeleteDatasetResponse, error)
 	// Works out what Train would do, without doing it. Errors: as Train, and FAILED_PRECONDITION (MODEL_BUSY) while a
@@ -102,7 +103,8 @@ type UnslothServiceClient interface {
 	// (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
 	// OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
 	// (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-	// DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+	// DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
+	// WORKER_UNRESPONSIVE).
 	Train(ctx context.Context, in *TrainRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TrainResponse], error)
 	// Replays the log from the entry after after_sequence, then follows it. Ends OK after the terminal event, whatever
 	// that is. Errors: NOT_FOUND (TRAINING_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE).
@@ -121,9 +123,11 @@ type UnslothServiceClient interface {
 	PauseTraining(ctx context.Context, in *PauseTrainingRequest, opts ...grpc.CallOption) (*PauseTrainingResponse, error)
 	// Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
 	// A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-	// on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
-	// Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
-	// (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+	// on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
+	// is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
+	// training waits for it and tells so by a WAITING_FOR_MEMORY warning.
+	// Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
+	// (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
 	ResumeTraining(ctx context.Context, in *ResumeTrainingRequest, opts ...grpc.CallOption) (*ResumeTrainingResponse, error)
 	// Streams text from a loaded model, then a summary. Refused while a training runs on the model.
 	// Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY, MODEL_BUSY), ABORTED (WORKER_DIED).
@@ -462,7 +466,8 @@ type UnslothServiceServer interface {
 	GetDataset(context.Context, *GetDatasetRequest) (*GetDatasetResponse, error)
 	// Stored datasets, newest first.
 	ListDatasets(context.Context, *ListDatasetsRequest) (*ListDatasetsResponse, error)
-	// Removes a stored dataset.
+	// Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
+	// that needs the same bytes uploaded again.
 	// Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
 	DeleteDataset(context.Context, *DeleteDatasetRequest) (*DeleteDatasetResponse, error)
 	// Works out what Train would do, without doing it. Errors: as Train, and FAILED_PRECONDITION (MODEL_BUSY) while a
@@ -475,7 +480,8 @@ type UnslothServiceServer interface {
 	// (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
 	// OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
 	// (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-	// DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+	// DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
+	// WORKER_UNRESPONSIVE).
 	Train(*TrainRequest, grpc.ServerStreamingServer[TrainResponse]) error
 	// Replays the log from the entry after after_sequence, then follows it. Ends OK after the terminal event, whatever
 	// that is. Errors: NOT_FOUND (TRAINING_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE).
@@ -494,9 +500,11 @@ type UnslothServiceServer interface {
 	PauseTraining(context.Context, *PauseTrainingRequest) (*PauseTrainingResponse, error)
 	// Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
 	// A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-	// on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
-	// Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
-	// (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+	// on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
+	// is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
+	// training waits for it and tells so by a WAITING_FOR_MEMORY warning.
+	// Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
+	// (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
 	ResumeTraining(context.Context, *ResumeTrainingRequest) (*ResumeTrainingResponse, error)
 	// Streams text from a loaded model, then a summary. Refused while a training runs on the model.
 	// Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_READY, MODEL_BUSY), ABORTED (WORKER_DIED).

@@ -1586,7 +1586,8 @@ export const UnslothService: GenService<{
     output: typeof ListDatasetsResponseSchema;
   },
   /**
-   * Removes a stored dataset.
+   * Removes a stored dataset. Trainings that are over do not hold it, also those that ResumeTraining could bring back:
+   * that needs the same bytes uploaded again.
    * Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (DATASET_IN_USE).
    *
    * @generated from rpc unslothd.v1.UnslothService.DeleteDataset
@@ -1615,7 +1616,8 @@ export const UnslothService: GenService<{
    * (PATH_NOT_ALLOWED), FAILED_PRECONDITION (MODEL_NOT_PREPARED, MODEL_NOT_READY), ALREADY_EXISTS (REQUEST_ID_REUSED,
    * OUTPUT_DIR_TAKEN), RESOURCE_EXHAUSTED (QUEUE_FULL). Errors of the training itself: INVALID_ARGUMENT
    * (DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW), NOT_FOUND (DATASET_NOT_FOUND), RESOURCE_EXHAUSTED (OUT_OF_MEMORY,
-   * DISK_FULL), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
+   * DISK_FULL), FAILED_PRECONDITION (NOT_WRITABLE), UNAVAILABLE (HUB_UNREACHABLE), ABORTED (WORKER_DIED,
+   * WORKER_UNRESPONSIVE).
    *
    * @generated from rpc unslothd.v1.UnslothService.Train
    */
@@ -1682,9 +1684,11 @@ export const UnslothService: GenService<{
   /**
    * Goes on with a training from a checkpoint, in the same log and folder; its model is loaded again if it has to be.
    * A damaged checkpoint is told in a warning, and the one before it is taken. Checkpoints after the one that is gone
-   * on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent.
-   * Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (TRAINING_STATE), ALREADY_EXISTS
-   * (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
+   * on from are removed. The answer comes at once, in STATE_QUEUED or RUNNING. Idempotent. A model that does not fit now
+   * is INSUFFICIENT_MEMORY, and the training stays as it is; where memory is short later, as after a restart, the
+   * training waits for it and tells so by a WAITING_FOR_MEMORY warning.
+   * Errors: NOT_FOUND (TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND, DATASET_NOT_FOUND), FAILED_PRECONDITION
+   * (TRAINING_STATE), ALREADY_EXISTS (MODEL_ID_TAKEN), RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS).
    *
    * @generated from rpc unslothd.v1.UnslothService.ResumeTraining
    */
