@@ -14,6 +14,9 @@ import sys
 import time
 from typing import Any
 
+# stdout belongs to the answers: what libraries print goes to stderr.
+ANSWERS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
 JOB: dict[str, Any] = json.loads(sys.argv[1])
 if JOB["arm"] == "unsloth":
     import unsloth  # first: it patches what follows
@@ -23,9 +26,6 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# stdout belongs to the answers: what libraries print goes to stderr.
-ANSWERS = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
 
 
 class Times(TrainerCallback):
