@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     options = options_parser(__doc__)
     options.add_argument("--case", action="append", choices=CASES, help="what to train; repeatable (default: 1b)")
+    options.add_argument("--arm", action="append", choices=ARMS, help="repeatable (default: all)")
     options.add_argument("--rounds", type=int, default=2, help="blocks of each arm")
     options.add_argument("--warm-up", type=int, default=4, help="first steps of a block that do not count")
     options.add_argument("--save", type=Path, help="folder for the table and the figures")
@@ -105,7 +106,7 @@ def _case(case: Case, name: str, folder: Path, options: argparse.Namespace) -> F
     model = _model(case.shape, folder)
     rows = folder / "models" / f"{name}.jsonl"
     _write_rows(rows, mixed=case.mixed)
-    blocks: dict[str, list[Figures]] = {arm: [] for arm in ARMS if arm in case.steps}
+    blocks: dict[str, list[Figures]] = {arm: [] for arm in options.arm or ARMS if arm in case.steps}
     together = [[arm] for arm in blocks if arm == "tuned"] if case.alone else []
     together.append([arm for arm in blocks if [arm] not in together])
     for group in together:
@@ -137,7 +138,8 @@ def _model(shape: str, folder: Path) -> Path:
 def _write_rows(file: Path, *, mixed: bool) -> None:
     drawn = random.Random(0)
     lengths = [
-        min(1500, max(20, int(drawn.lognormvariate(5.2, 0.75)))) if mixed else MAX_SEQ_LENGTH + 100 for _ in range(3600)
+        min(1500, max(20, int(drawn.lognormvariate(5.2, 0.75)))) if mixed else MAX_SEQ_LENGTH + 100
+        for _ in range(3600 if mixed else 480)
     ]
     file.write_text("\n".join(json.dumps({"text": " ".join(drawn.choices(WORDS, k=count))}) for count in lengths))
 
@@ -209,7 +211,14 @@ def _service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) ->
         def train_block(steps: int) -> Figures:
             # The other arms come and go: each block takes what is free now, as a training of its own.
             config = TrainingConfig(
-                max_steps=steps, warmup_steps=2, learning_rate=2e-4, seed=42, save_steps=100_000, **fixed
+                max_steps=steps,
+                warmup_steps=2,
+                learning_rate=2e-4,
+                # The same rates for blocks of any length, so that losses can be compared.
+                lr_scheduler_type="constant_with_warmup",
+                seed=42,
+                save_steps=100_000,
+                **fixed,
             )
             model_id, load_seconds = ready.result()
             begin_block = time.time()

@@ -105,7 +105,7 @@ def block(model: Any, tokenizer: Any, rows: str, steps: int) -> dict[str, Any]:
             max_steps=steps,
             warmup_steps=2,
             learning_rate=2e-4,
-            lr_scheduler_type="cosine",
+            lr_scheduler_type="constant_with_warmup",
             weight_decay=0.01,
             optim="adamw_8bit",
             seed=42,

@@ -49,7 +49,7 @@ def test_a_1b_llama_in_4_bit_trains_20_steps_and_gives_all_memory_back(server: R
     # 4-bit linear weights and 16-bit embeddings: far less than the 2.5 GB of 16-bit weights.
     assert model.memory_bytes < 2_200 * MIB
 
-    model = prepare(stub, model.model_id, TrainingConfig(max_steps=STEPS, warmup_steps=2))
+    model = prepare(stub, model.model_id, TrainingConfig(max_steps=STEPS, warmup_steps=2, batch_size=2))
     assert model.trainable_params == 11_272_192  # r=16 on seven projections of this shape
 
     events = list(train(stub, model.model_id, DatasetSource(path="rows.jsonl")))

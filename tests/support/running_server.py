@@ -33,6 +33,7 @@ class RunningServer:
     Args:
         folder: Empty or of an earlier server, which this one then continues.
         fake_workers: Start the double instead of real workers (milliseconds instead of a heavy import).
+        program: A program that serves as `unslothd serve` does, with workers of its own kind.
         arguments: Further arguments of `unslothd serve`.
         environment: Further environment variables.
         heeds_modes: File modes hold for it and its workers, also when root runs the tests.
@@ -43,6 +44,7 @@ class RunningServer:
         folder: Path,
         *,
         fake_workers: bool = False,
+        program: Path | None = None,
         arguments: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         heeds_modes: bool = False,
@@ -52,7 +54,8 @@ class RunningServer:
         self.model_root = folder / "models"
         self.model_root.mkdir(parents=True, exist_ok=True)
         self.log = folder / "server.log"
-        entry = [str(WITH_FAKE_WORKERS)] if fake_workers else ["-m", "unslothd_server"]
+        program = WITH_FAKE_WORKERS if fake_workers else program
+        entry = ["-m", "unslothd_server"] if program is None else [str(program)]
         command = [sys.executable, *entry, "--listen", "127.0.0.1:0", "--home", str(self.home)]
         command += ["--output-root", str(self.output_root), "--model-root", str(self.model_root), *arguments]
         with self.log.open("ab") as log:
