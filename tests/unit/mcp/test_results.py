@@ -125,3 +125,10 @@ def test_a_confirmation_is_bound_to_exactly_what_would_be_lost():
     loss = Loss("…", {"unload": "a", "cancels": ["1", "2"]})
     assert loss.digest == Loss("other words", {"cancels": ["1", "2"], "unload": "a"}).digest
     assert loss.digest != Loss("…", {"unload": "a", "cancels": ["1"]}).digest
+
+
+def test_an_error_says_how_long_to_wait_where_that_is_known():
+    known = unslothd.errors.ResourceExhausted("slow down", reason="TOO_MANY_REQUESTS", retry_after=1.5)
+    unknown = unslothd.errors.ResourceExhausted("full", reason="QUEUE_FULL")
+    assert as_result(known, "unsloth_train", {}).structured_content["retry_after_seconds"] == 1.5
+    assert "retry_after_seconds" not in as_result(unknown, "unsloth_train", {}).structured_content
