@@ -73,6 +73,7 @@ def test() -> dict[str, tuple[list[str], Path]]:
         "test engine": ([*pytest, "-n", "2", "--dist", "loadfile", "tests/integration/engine"], ROOT),
         # One at a time: each starts workers that want both cores.
         "test real": ([*pytest, "tests/integration/real"], ROOT),
+        "test chaos": ([*pytest, "tests/chaos"], ROOT),
         # Without the Rust client, whose build takes a minute that CI does not have: pytest tests/conformance runs it.
         "test conformance": (
             [*pytest, "tests/conformance", "--ignore=tests/conformance/test_another_language.py"],

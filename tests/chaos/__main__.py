@@ -1,6 +1,7 @@
 """`make chaos`: kills servers and workers under real trainings, and prints a table of what became of each."""
 
 import argparse
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,8 @@ def main() -> int:
     parser.add_argument("--worker-kills", type=int, default=6, help="in each training (default 6)")
     parser.add_argument("--seeds", type=int, default=3, help="different seeds of trainings (default 3)")
     arguments = parser.parse_args()
+    # That connections are lost is what this is about.
+    logging.getLogger("unslothd").setLevel(logging.ERROR)
     console = Console()
     reports: list[Report] = []
     with tempfile.TemporaryDirectory(prefix="unslothd-chaos-") as folder:

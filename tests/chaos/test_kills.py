@@ -1,4 +1,4 @@
-"""The short form of `make chaos`: one real training, two killed servers, one killed worker."""
+"""The short form of `make chaos`: one real training, three killed servers, one killed worker."""
 
 from pathlib import Path
 
