@@ -1,15 +1,10 @@
 """The audit log: JSON lines that say who made each call, on what, and how it ended; no contents, no secrets."""
 
-import contextlib
 import json
-import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from io import TextIOWrapper
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 import structlog
@@ -17,6 +12,7 @@ import structlog
 from unslothd.v1.server_info_pb2 import Caller as CallerMessage
 from unslothd.v1.server_info_pb2 import Scope
 from unslothd_server.access.callers import Caller, anonymous
+from unslothd_server.access.turned_over_file import TurnedOverFile
 
 log = structlog.get_logger()
 
@@ -57,7 +53,8 @@ class AuditLog:
     """
 
     def __init__(self, path: Path, max_bytes: int, files: int) -> None:
-        self._handler = _PrivateFile(path, max_bytes, files)
+        self._file = TurnedOverFile(path, max_bytes, files)
+        self._lost_lines = 0
         self._flooding: set[str] = set()
         self._flood_since = 0.0
 
@@ -75,9 +72,17 @@ class AuditLog:
         self._write({"event": "ended", **_who_and_what(record), **ending})
 
     def _write(self, content: Mapping[str, object]) -> None:
-        time_now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": time_now, **content}, ensure_ascii=False)
-        self._handler.emit(logging.makeLogRecord({"msg": line}))
+        line = _line({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **content})
+        if self._lost_lines:
+            line = _line({"lost_lines": self._lost_lines}) + line
+        try:
+            self._file.append(line)
+        except OSError as error:
+            if not self._lost_lines:
+                log.error("the audit log cannot be written; calls go on", error=str(error))  # noqa: TRY400 - it says all
+            self._lost_lines += 1
+        else:
+            self._lost_lines = 0
 
     def _told_lately(self, caller: str) -> bool:
         """A flood of refused calls must not push everything else out of the log."""
@@ -91,7 +96,7 @@ class AuditLog:
 
     def close(self) -> None:
         """Closes the file."""
-        self._handler.close()
+        self._file.close()
 
 
 def _who_and_what(record: CallRecord) -> dict[str, object]:
@@ -99,48 +104,5 @@ def _who_and_what(record: CallRecord) -> dict[str, object]:
     return {"caller": record.caller.name, "kind": kind, "address": record.address, "rpc": record.rpc, **record.ids}
 
 
-class _PrivateFile(RotatingFileHandler):
-    """The standard library's, with tight modes; lines that a full disk refuses are counted, and told of later."""
-
-    def __init__(self, path: Path, max_bytes: int, files: int) -> None:
-        super().__init__(path, maxBytes=max_bytes, backupCount=files, encoding="utf-8", delay=True)
-        self._lost = 0
-        self._failed = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Writes a line, after one that says how many were lost before it."""
-        if self._lost:
-            record.msg = json.dumps({"lost_lines": self._lost}) + "\n" + record.msg
-        self._failed = False
-        super().emit(record)
-        self._lost = self._lost + 1 if self._failed else 0
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Goes on without the line; the file is opened anew for the next one."""
-        self._failed = True
-        if not self._lost:
-            log.error("the audit log cannot be written; calls go on", file=self.baseFilename, exc_info=True)
-        stream, self.stream = self.stream, None
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
-
-    def _open(self) -> TextIOWrapper:
-        torn = not _ends_a_line(Path(self.baseFilename))
-        stream = open(self.baseFilename, "a", encoding="utf-8", opener=_private)  # noqa: SIM115 - the base closes it
-        if torn:
-            stream.write("\n")
-        return stream
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def _ends_a_line(path: Path) -> bool:
-    """False when a full disk or a power cut left half a line."""
-    with contextlib.suppress(OSError), path.open("rb") as stream:
-        if stream.seek(0, os.SEEK_END):
-            stream.seek(-1, os.SEEK_END)
-            return stream.read(1) == b"\n"
-    return True
+def _line(content: Mapping[str, object]) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"

@@ -4,16 +4,15 @@ import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+if TYPE_CHECKING:  # imported where it is used: 9 MB that a server without TLS does not need
+    from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+    from cryptography.x509 import Certificate
 
 log = structlog.get_logger()
-
-Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
 _BAD_KEY_MODES = stat.S_IRWXO | stat.S_IWGRP
 _SOON_DAYS = 14
@@ -51,7 +50,7 @@ def read_content(files: TlsFiles) -> TlsContent:
     """Returns what can be served. Raises CertificateProblem: for a file by itself, or a key that is not the cert's."""
     content = TlsContent(_read(files.cert), _read(files.key), _read(files.client_ca) if files.client_ca else None)
     certificate = _certificate(files.cert, content.cert)
-    if _key(files.key, content.key).public_key() != certificate.public_key():
+    if _public_key(files.key, content.key) != certificate.public_key():
         raise CertificateProblem(f"{files.key} is not the key of {files.cert}; name the two that were made together")
     if files.client_ca and content.client_ca:
         _certificate(files.client_ca, content.client_ca)
@@ -65,7 +64,7 @@ def check_certificate(path: Path) -> None:
 
 def check_key(path: Path) -> None:
     """Raises CertificateProblem for a key that cannot be served, or that others can use."""
-    _key(path, _read(path))
+    _public_key(path, _read(path))
 
 
 def _read(path: Path) -> bytes:
@@ -75,7 +74,9 @@ def _read(path: Path) -> bytes:
         raise CertificateProblem(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _certificate(path: Path, content: bytes) -> x509.Certificate:
+def _certificate(path: Path, content: bytes) -> "Certificate":
+    from cryptography import x509
+
     try:
         first = x509.load_pem_x509_certificates(content)[0]
     except ValueError as error:
@@ -90,19 +91,24 @@ def _certificate(path: Path, content: bytes) -> x509.Certificate:
     return first
 
 
-def _key(path: Path, content: bytes) -> Key:
+def _public_key(path: Path, content: bytes) -> "PublicKeyTypes":
+    """The public half of a private key that is good."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
     try:
         key = load_pem_private_key(content, None)
     except TypeError:  # what cryptography says of a key that needs a password
         raise CertificateProblem(f"{path} is encrypted; write the key without a password, mode 0600") from None
     except (ValueError, UnsupportedAlgorithm) as error:
         raise CertificateProblem(f"{path} holds no private key in PEM form (-----BEGIN PRIVATE KEY-----)") from error
-    if not isinstance(key, Key):
+    if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
         raise CertificateProblem(f"{path} is no RSA or EC key, and gRPC serves no other; make such a one")
     mode = path.stat().st_mode
     if mode & _BAD_KEY_MODES:
         raise CertificateProblem(f"{path} can be used by other users (mode {stat.S_IMODE(mode):04o}); chmod 600 it")
-    return key
+    return key.public_key()
 
 
 class ServedCertificate:
