@@ -1,18 +1,16 @@
 """`unslothd serve`: puts the parts together, serves until a signal, ends cleanly."""
 
 import asyncio
-import contextlib
-import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, TextIO, cast
+from typing import Annotated
 
 import structlog
 import typer
 
 from unslothd._version import __version__
-from unslothd_server import access_setup, disk
+from unslothd_server import access_setup, disk, logs
 from unslothd_server.app.artifacts import Artifacts
 from unslothd_server.app.dataset_store import DatasetStore
 from unslothd_server.app.datasets import Datasets
@@ -72,7 +70,6 @@ def serve_command(
 
     Example: unslothd serve --listen 127.0.0.1:50051 --home ~/.unslothd --output-root ~/adapters --model-root ~/models
     """
-    _set_up_logging(verbose=verbose)
     try:
         settings = load_settings(flags, config=config)
     except ConfigError as error:
@@ -80,6 +77,7 @@ def serve_command(
         raise typer.Exit(2) from None
     if check:
         raise typer.Exit(report_start(settings))
+    logs.set_up(settings.log_format, verbose=verbose)
     try:
         asyncio.run(serve(settings))
     except (OSError, HomeTakenError, NewerStateError, ExhaustedError) as error:
@@ -174,42 +172,6 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
         max_loaded_models=settings.max_loaded_models,
         max_queued_trainings=settings.max_queued_trainings,
     )
-
-
-class _LossyStream:
-    """Passes text on and drops what is not taken: a log on a full disk must not end what it tells of."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-
-def _set_up_logging(*, verbose: bool) -> None:
-    """Logs go to stderr: for people on a terminal, as JSON elsewhere; those of the standard library too."""
-    level = logging.DEBUG if verbose else logging.INFO
-    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
-    shared: list[structlog.typing.Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
-    ]
-    structlog.configure(
-        processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _LossyStream(sys.stderr))),
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    formatter = structlog.stdlib.ProcessorFormatter(processors=[remove_meta, renderer], foreign_pre_chain=shared)
-    handler.setFormatter(formatter)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 if __name__ == "__main__":

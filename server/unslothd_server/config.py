@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from unslothd_server.access.certificates import TlsFiles, check_certificate, check_key, read_content
+from unslothd_server.logs import LogFormat
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -78,6 +79,9 @@ class Settings(BaseModel):
         "hosts can reach, and wherever client certificates are asked for.",
     )
     listen: str = Field(default="127.0.0.1:50051", description="HOST:PORT to serve on; port 0 takes a free one.")
+    log_format: LogFormat = Field(
+        default="auto", description="Lines of the log on stderr, for people or as JSON; auto: people on a terminal."
+    )
     metrics_listen: str = Field(
         default="",
         description="PORT or HOST:PORT to serve Prometheus metrics on, http://HOST:PORT/metrics, without TLS or "

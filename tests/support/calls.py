@@ -47,11 +47,12 @@ def error_of(call: Callable[[], Any]) -> CallError:
             for _ in result:
                 pass
     except grpc.RpcError as error:
-        return _taken_apart(error)
+        return taken_apart(error)
     raise AssertionError("the call succeeded")
 
 
-def _taken_apart(error: grpc.RpcError) -> CallError:
+def taken_apart(error: grpc.RpcError) -> CallError:
+    """Returns what a failed call says."""
     status = rpc_status.from_call(error)
     info, bad_request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
     for detail in status.details if status is not None else ():

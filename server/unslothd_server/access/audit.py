@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 import structlog
 
@@ -32,6 +33,7 @@ class CallRecord:
         code: gRPC code that it ended with.
         reason: Reason of its error; empty = none.
         ms: How long it took, in milliseconds.
+        call_id: What its lines in the logs are found by; the caller is told.
     """
 
     rpc: str
@@ -41,6 +43,7 @@ class CallRecord:
     code: str = "OK"
     reason: str = ""
     ms: float = 0.0
+    call_id: str = field(default_factory=lambda: uuid4().hex[:12])
 
 
 class AuditLog:
@@ -101,7 +104,14 @@ class AuditLog:
 
 def _who_and_what(record: CallRecord) -> dict[str, object]:
     kind = CallerMessage.Kind.Name(record.caller.kind).removeprefix("KIND_").lower()
-    return {"caller": record.caller.name, "kind": kind, "address": record.address, "rpc": record.rpc, **record.ids}
+    return {
+        "call_id": record.call_id,
+        "caller": record.caller.name,
+        "kind": kind,
+        "address": record.address,
+        "rpc": record.rpc,
+        **record.ids,
+    }
 
 
 def _line(content: Mapping[str, object]) -> bytes:

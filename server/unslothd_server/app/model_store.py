@@ -135,14 +135,14 @@ class ModelStore:
         try:
             self.save(stored)
         except (UnslothdError, OSError) as error:
-            log.warning("a model's state cannot be written", model=stored.model.model_id, error=str(error))
+            log.warning("a model's state cannot be written", model_id=stored.model.model_id, error=str(error))
 
     def remove(self, model_id: str) -> None:
         """Forgets a model. Repeatable. Of a read-only disk it comes back at the next start."""
         try:
             self._path(model_id).unlink(missing_ok=True)
         except OSError as error:
-            log.warning("a model's state cannot be removed", model=model_id, error=str(error))
+            log.warning("a model's state cannot be removed", model_id=model_id, error=str(error))
 
     def load_all(self) -> list[StoredModel]:
         """Reads every model, in the order of their loading. A file that cannot be read is set aside."""

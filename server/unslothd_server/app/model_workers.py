@@ -168,7 +168,7 @@ class ModelWorkers:
             if worker is not None:
                 await worker.stop()
         except WorkerStuckError as stuck:
-            log.warning("a worker does not end", model=entry.model_id, error=stuck.message)
+            log.warning("a worker does not end", model_id=entry.model_id, error=stuck.message)
             entry.worker, entry.failure, entry.model.state = worker, stuck, Model.STATE_FAILED
             raise
         if entry.watch is not None:

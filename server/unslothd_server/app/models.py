@@ -126,7 +126,7 @@ class Models:
         try:
             adopted = await self._workers.adopt(entry, worker)
         except UnslothdError as error:
-            log.warning("a worker could not be taken over", model=entry.model_id, error=error.message)
+            log.warning("a worker could not be taken over", model_id=entry.model_id, error=error.message)
             await _end(worker)
             return False
         entry.progress.close()
@@ -481,7 +481,7 @@ async def _end(worker: Worker) -> None:
     try:
         await worker.stop()
     except UnslothdError as error:
-        log.warning("a worker could not be ended", model=worker.model_id, error=error.message)
+        log.warning("a worker could not be ended", model_id=worker.model_id, error=error.message)
 
 
 def _free_id(base: str, taken: Iterable[str]) -> str:

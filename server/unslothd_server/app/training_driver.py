@@ -263,7 +263,7 @@ class TrainingDriver:
     def _recover_or_end(self, run: TrainingRun, cause: UnslothdError, *, recoverable: bool) -> None:
         attempt = run.recoveries.without_progress + 1
         if recoverable and attempt <= MAX_RECOVERIES_WITHOUT_PROGRESS:
-            log.warning("a training goes on with a new worker", training=run.training_id, attempt=attempt)
+            log.warning("a training goes on with a new worker", training_id=run.training_id, attempt=attempt)
             run.append(TrainingEvent(recovery=_recovery(run, cause, attempt)))
         else:
             run.append(TrainingEvent(failed=TrainingFailed(error=to_status(cause))))
@@ -278,7 +278,7 @@ class TrainingDriver:
 
 
 def _show_unwritten(cause: UnslothdError, run: TrainingRun) -> None:
-    log.exception("the end of a training could not be written", training=run.training_id)
+    log.exception("the end of a training could not be written", training_id=run.training_id)
     run.show_unwritten(TrainingEvent(failed=TrainingFailed(error=to_status(cause))))
 
 
@@ -353,5 +353,5 @@ def _known(error: Exception, training_id: str) -> UnslothdError:
     if isinstance(error, UnslothdError):
         return error
     unexpected = UnexpectedError()
-    log.error("unexpected error", training=training_id, error_id=unexpected.error_id, exc_info=error)
+    log.error("unexpected error", training_id=training_id, error_id=unexpected.error_id, exc_info=error)
     return unexpected

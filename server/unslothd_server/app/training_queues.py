@@ -1,6 +1,7 @@
 """What waits on each model: trainings run in turn, are told their place, and are held up by one that is paused."""
 
 import asyncio
+import contextvars
 from collections.abc import Iterable
 
 import structlog
@@ -72,7 +73,10 @@ class TrainingQueues:
 
     def _move(self, model_id: str) -> None:
         if model_id not in self._runners and self._queues.get(model_id) and not self._models.is_closing:
-            self._runners[model_id] = asyncio.create_task(self._run(model_id), name=f"queue of {model_id}")
+            # A queue outlives the call that began it, so its lines in the log are not of that call.
+            self._runners[model_id] = asyncio.create_task(
+                self._run(model_id), name=f"queue of {model_id}", context=contextvars.Context()
+            )
 
     async def _run(self, model_id: str) -> None:
         """Runs what waits on a model, in turn, until nothing does or a paused one holds it up."""
@@ -86,7 +90,8 @@ class TrainingQueues:
                 elif run.is_paused:
                     return
                 else:
-                    await self._driver.drive(self._models.get(model_id), run)
+                    with structlog.contextvars.bound_contextvars(training_id=run.training_id, model_id=model_id):
+                        await self._driver.drive(self._models.get(model_id), run)
         finally:
             self._runners.pop(model_id, None)
 
@@ -96,7 +101,7 @@ class TrainingQueues:
                 try:
                     run.append(state_changed(Training.STATE_QUEUED, place))
                 except (UnslothdError, OSError):  # a full disk must not hold the queue up
-                    log.exception("a training's place could not be told", training=run.training_id)
+                    log.exception("a training's place could not be told", training_id=run.training_id)
 
     async def abandon(self) -> None:
         """Lets go of every training; workers that have one go on with it."""

@@ -179,4 +179,4 @@ class TrainingRun:
         try:
             self.save()
         except (UnslothdError, OSError) as error:
-            log.warning("a training's state cannot be written", training=self.training_id, error=str(error))
+            log.warning("a training's state cannot be written", training_id=self.training_id, error=str(error))

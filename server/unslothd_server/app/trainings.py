@@ -96,7 +96,7 @@ class Trainings:
                 if await self._takes_up(run):
                     pending.append(run)
             except UnslothdError as error:
-                log.warning("a training cannot go on", training=run.training_id, error=error.message)
+                log.warning("a training cannot go on", training_id=run.training_id, error=error.message)
                 run.append(TrainingEvent(failed=TrainingFailed(error=to_status(error))))
         self._queues.restore(pending)
 

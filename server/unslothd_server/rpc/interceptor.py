@@ -13,6 +13,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
+from structlog.contextvars import bind_contextvars
 
 from unslothd.v1.server_info_pb2 import Scope
 from unslothd_server.access.audit import AuditLog, CallRecord
@@ -29,6 +30,8 @@ log = structlog.get_logger()
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _REFLECTION = "grpc.reflection."
+# Trailing metadata of every call: what its lines in the logs are found by.
+CALL_ID_KEY = "unslothd-call-id"
 
 
 class ContractInterceptor(grpc.aio.ServerInterceptor):
@@ -91,9 +94,9 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
                     response = await handler.stream_unary(self._each(requests, parse, record), context)
                 else:
                     request = await self._intake.one(requests, parse)
-                    record.ids.update(ids_in(request))
+                    _note_ids(record, request)
                     response = await handler.unary_unary(request, context)
-                record.ids.update(ids_in(response))
+                _note_ids(record, response)
                 return response
 
         return call
@@ -109,15 +112,15 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         async def call(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             async with self._call(rpc, SCOPES[rpc], context, stream=True) as record:
                 request = await self._intake.one(requests, handler.request_deserializer)
-                record.ids.update(ids_in(request))
+                _note_ids(record, request)
                 self._audit.begun(record)
                 first = True
                 async for response in handler.unary_stream(request, context):
                     self._gate.recheck(record.caller)
                     if isinstance(response, Message):
-                        record.ids.update(ids_in(response))
+                        _note_ids(record, response)
                     elif first:  # all frames of a watch are of one training
-                        record.ids.update(ids_in(response_class.FromString(response)))
+                        _note_ids(record, response_class.FromString(response))
                     first = False
                     yield response
 
@@ -138,6 +141,9 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         """Lets a call in, ends it with the status of its error, and writes down how it went."""
         started = time.monotonic()
         record = CallRecord(rpc, context.peer())
+        call_id = ((CALL_ID_KEY, record.call_id),)
+        context.set_trailing_metadata(call_id)
+        bind_contextvars(call_id=record.call_id, rpc=rpc)
         observed = ExitStack()
         for observer in self._observers:
             observed.enter_context(observer(record, context.invocation_metadata() or ()))
@@ -149,30 +155,38 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
             self._audit.ended(record)
             observed.close()
             tell = log.info if reason else log.debug
-            tell("rpc", rpc=rpc, caller=record.caller.name, code=code, reason=reason, ms=record.ms)
+            tell("rpc", caller=record.caller.name, code=code, reason=reason, ms=record.ms)
 
         try:
             with self._gate.admit(record, needed, context, stream=stream):
                 CURRENT.set(record.caller)
+                bind_contextvars(caller=record.caller.name)
                 yield record
         except (asyncio.CancelledError, GeneratorExit):
             over("DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED")
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it becomes a status
-            known = _known(rpc, error)
+            known = _known(error, record.call_id)
             status: Any = rpc_status.to_status(fit_to_send(to_status(known)))  # pyright: ignore[reportUnknownMemberType]
             over(status.code.name, known.reason_name)
-            await context.abort(status.code, status.details, status.trailing_metadata)
+            await context.abort(status.code, status.details, (*status.trailing_metadata, *call_id))
         else:
             over("OK")
 
 
-def _known(rpc: str, error: Exception) -> UnslothdError:
+def _known(error: Exception, call_id: str) -> UnslothdError:
     if isinstance(error, UnslothdError):
         return error
-    unexpected = UnexpectedError()
-    log.error("unexpected error", rpc=rpc, error_id=unexpected.error_id, exc_info=error)
+    unexpected = UnexpectedError(call_id)
+    log.error("unexpected error", error_id=unexpected.error_id, exc_info=error)
     return unexpected
+
+
+def _note_ids(record: CallRecord, message: Message) -> None:
+    """Keeps which ids a request or an answer names, for the audit log and all lines of the call."""
+    found = ids_in(message)
+    record.ids.update(found)
+    bind_contextvars(**found)
 
 
 def _serializer(inner: Any) -> Callable[[Message | bytes], bytes]:

@@ -29,7 +29,7 @@ def answered_error(error: grpc.aio.AioRpcError) -> UnslothdError:
     if known is not None:
         return known
     error_id = uuid4().hex[:12]
-    _log.error("error id %s: a worker answered %s: %s", error_id, error.code().name, error.details())
+    _log.error("a worker answered %s: %s", error.code().name, error.details(), extra={"error_id": error_id})
     return UnexpectedError(error_id)
 
 

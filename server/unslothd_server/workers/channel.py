@@ -211,13 +211,13 @@ class WorkerProcess:
         # Before the worker is reaped, while its id cannot be used again: nothing of its session may live on. This also
         # closes what forked children inherited of the connection, so that calls under way end.
         if not await kill_session(self._process.pid, within_s=self._timeouts.end_on_sigkill):
-            _log.error("processes of the worker of model %s outlived SIGKILL", self.model_id)
+            _log.error("processes of a worker outlived SIGKILL", extra={"model_id": self.model_id})
         returncode = None if self._child is None else self._child.wait()
         self._process.close()
         layout = self._bundle.layout
         record = read_exit_record(layout.exit_record, self._process.pid)
         end = exit_report.worker_exit(returncode, record, layout.log, asked=self._asked)
-        _log.info("worker of model %s ended: exit code %s, signal %s", self.model_id, end.exit_code, end.signal)
+        _log.info("worker ended: exit code %s, signal %s", end.exit_code, end.signal, extra={"model_id": self.model_id})
         return end
 
     async def _answer(self, doing: str, bound_s: float, start: Callable[[], Awaitable[T]]) -> T:

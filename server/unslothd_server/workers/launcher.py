@@ -67,7 +67,7 @@ class LocalLauncher:
         except BaseException:
             await worker.stop()
             raise
-        _log.info("worker of model %s is process %d", model_id, child.pid)
+        _log.info("worker is process %d", child.pid, extra={"model_id": model_id})
         return worker
 
     def attach_living(self) -> list[WorkerProcess]:

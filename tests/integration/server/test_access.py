@@ -222,6 +222,7 @@ def test_every_call_is_in_the_audit_log_with_who_what_and_how_it_ended(
     for line in lines:
         assert line.pop("time").endswith("+00:00")
         assert line.pop("address").startswith(("ipv4:127.0.0.1:", "ipv6:"))
+        assert len(line.pop("call_id")) == 12
         if line["event"] == "ended":
             assert line.pop("ms") >= 0
     trains = {"caller": "a-train", "kind": "token", "rpc": "Train", "model_id": model_id}

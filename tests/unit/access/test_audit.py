@@ -22,11 +22,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_a_line_says_who_did_what_on_which_and_how_it_ended(tmp_path: Path):
     audit = AuditLog(tmp_path / "audit.jsonl", 1 << 20, 2)
-    audit.begun(record(rpc="Train", ids={"model_id": "m"}))
-    audit.ended(record(rpc="Train", ids={"model_id": "m"}, code="NOT_FOUND", reason="MODEL_NOT_FOUND", ms=1.5))
+    told = record(rpc="Train", ids={"model_id": "m"}, call_id="c")
+    audit.begun(told)
+    told.code, told.reason, told.ms = "NOT_FOUND", "MODEL_NOT_FOUND", 1.5
+    audit.ended(told)
     begun, ended = lines(tmp_path / "audit.jsonl")
     assert begun.pop("time") <= ended.pop("time")
-    call = {"caller": "CN=alice", "kind": "certificate", "address": "ipv4:10.0.0.7:5", "rpc": "Train", "model_id": "m"}
+    call = {
+        "call_id": "c",
+        "caller": "CN=alice",
+        "kind": "certificate",
+        "address": "ipv4:10.0.0.7:5",
+        "rpc": "Train",
+        "model_id": "m",
+    }
     assert begun == {"event": "begun", **call}
     assert ended == {"event": "ended", **call, "code": "NOT_FOUND", "reason": "MODEL_NOT_FOUND", "ms": 1.5}
 
