@@ -16,6 +16,7 @@ from unslothd.cli import (
     receipt,
     server_side,
     tokens,
+    top,
     train,
     trainings,
 )
@@ -61,6 +62,7 @@ models.register(app)
 train.register(app)
 plan.register(app)
 trainings.register(app)
+top.register(app)
 generate.register(app)
 chat.register(app)
 datasets.register(app)
