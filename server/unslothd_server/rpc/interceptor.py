@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -140,7 +141,7 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
     ) -> AsyncGenerator[CallRecord]:
         """Lets a call in, ends it with the status of its error, and writes down how it went."""
         started = time.monotonic()
-        record = CallRecord(rpc, context.peer())
+        record = CallRecord(rpc, unquote(context.peer()))
         call_id = ((CALL_ID_KEY, record.call_id),)
         context.set_trailing_metadata(call_id)
         bind_contextvars(call_id=record.call_id, rpc=rpc)
