@@ -9,4 +9,5 @@ compile() {
 }
 compile pyproject.toml --extra cli --extra server --extra otel --extra mcp --extra dev \
     --override requirements/overrides.txt --output-file requirements/dev.txt
+sed -i "2a # Versions of $(date --utc +%F)" requirements/dev.txt
 compile requirements/generate.in --output-file requirements/generate.txt

@@ -10,7 +10,7 @@ import typer
 
 from unslothd_server.checks import host, network, packages
 from unslothd_server.checks.finding import Finding, Level, count, lines, ok, problem
-from unslothd_server.checks.start import folder_findings, model_root_findings, port_finding, state_finding
+from unslothd_server.checks.start import folder_findings, model_root_findings, port_findings, state_finding
 from unslothd_server.command_line import run_command
 from unslothd_server.config import Settings
 from unslothd_server.config_sources import ConfigError, load_settings
@@ -85,7 +85,7 @@ def _findings_of_settings(settings: Settings) -> Iterator[Finding]:
     yield from model_root_findings(settings)
     yield from host.disk_findings(settings)
     if holder is None:
-        yield port_finding(settings.listen)
+        yield from port_findings(settings)
     yield from network.hub_and_clock_findings(settings.home)
 
 

@@ -31,8 +31,7 @@ def start_findings(settings: Settings) -> list[Finding]:
         _home_lock(settings.home),
         state_finding(settings.home),
         *folder_findings(settings),
-        port_finding(settings.listen),
-        *([port_finding(settings.metrics_listen, "metrics listen")] if settings.metrics_listen else []),
+        *port_findings(settings),
         *model_root_findings(settings),
     ]
 
@@ -57,8 +56,13 @@ def model_root_findings(settings: Settings) -> list[Finding]:
     return [_model_root(root) for root in settings.model_roots]
 
 
-def port_finding(listen: str, name: str = "listen") -> Finding:
-    """Whether the address can be listened on: it is taken for a moment, and nobody can connect meanwhile."""
+def port_findings(settings: Settings) -> list[Finding]:
+    """Whether the addresses can be listened on: each is taken for a moment, and nobody can connect meanwhile."""
+    addresses = {"listen": settings.listen, "metrics listen": settings.metrics_listen}
+    return [_port(name, address) for name, address in addresses.items() if address]
+
+
+def _port(name: str, listen: str) -> Finding:
     host, port = split_address(listen)
     try:
         places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -65,6 +65,12 @@ def test_everything_that_a_start_would_refuse_is_told_at_once(tmp_path: Path, ta
     assert len(found) == 4
 
 
+def test_the_port_of_the_metrics_has_to_be_free_too(tmp_path: Path, taken_port: int):
+    code, report = checked(tmp_path, "--metrics-listen", str(taken_port))
+    assert code == 2
+    assert f"metrics listen 127.0.0.1:{taken_port} cannot be listened on" in report
+
+
 def test_a_server_that_ended_does_not_hold_its_home(tmp_path: Path):
     (tmp_path / "home").mkdir()
     HomeLock(tmp_path / "home").release()
