@@ -1,5 +1,6 @@
 """One call of the fuzzer: made from its number, sent as bytes, and judged by what the contract promises."""
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -144,6 +145,11 @@ class Caller:
             last = await self._exchange(call)
         except grpc.aio.AioRpcError as error:
             self._judge_error(call, error, outcome)
+            return outcome
+        except asyncio.CancelledError:  # how grpc tells CANCELLED, whoever it came from
+            outcome.code = "dropped"
+            if call.seconds == ANSWER_SECONDS:
+                outcome.problems.append("the server cancelled the call")
             return outcome
         if last is None:
             outcome.code = "dropped"

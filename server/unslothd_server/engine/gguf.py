@@ -35,7 +35,6 @@ def converted_folder(file: Path, cache_dir: Path) -> Path:
     try:
         with _parsed_once():
             _convert(file, work)
-        work.chmod(0o755)
         _publish(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)

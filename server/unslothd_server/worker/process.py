@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
 from unslothd.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
+from unslothd_server.hardening import harden_process
 from unslothd_server.worker.commands import CommandQueue
 from unslothd_server.worker.ending import Ending, end_on_signals, end_when_orphaned
 from unslothd_server.worker.exit_record import exit_now
@@ -41,6 +42,7 @@ def run(bundle_dir: Path, engine: Engine, *, orphan_check_s: float = _ORPHAN_CHE
         orphan_check_s: Seconds between two looks whether the folder is still there.
     """
     _log_to_stderr()
+    harden_process()
     bundle = BundleLayout(bundle_dir.resolve())
     bootstrap = _read_bootstrap(bundle)
     if not take_lock(bundle.lock):

@@ -1,9 +1,24 @@
-"""The environment of a worker: the server's, without its secrets, and with what Unsloth needs to behave."""
+"""The environment of a worker: what a training needs of the server's, no secret, and what makes Unsloth behave."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+# All that is handed on, by the first part of the name: a variable that nobody thought of stays with the server.
+_NEEDED = (
+    # the system
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_", "TZ", "TMPDIR", "TERM", "XDG_", "LD_", "LIBRARY_PATH"),
+    # Python, and compilers that kernels are built with
+    *("PYTHON", "VIRTUAL_ENV", "CONDA_", "CC", "CXX", "CPATH", "MAX_JOBS", "COVERAGE_"),
+    # devices
+    *("CUDA", "NVIDIA_", "NCCL_", "CUBLAS", "CUDNN", "HIP_", "ROCR_", "HSA_", "GPU_"),
+    # what trains
+    *("UNSLOTH_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "ACCELERATE_", "TRL_", "PEFT_"),
+    *("TORCH", "PYTORCH_", "TRITON_", "BNB_", "BITSANDBYTES_", "XFORMERS_", "SAFETENSORS_", "TENSORBOARD_"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GRPC_"),
+    # the way to the Hub
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+)
 # Parts of a variable's name, between underscores, that say that its value is a secret.
 _SECRET_PARTS = frozenset(
     {"TOKEN", "TOKENS", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
@@ -34,12 +49,16 @@ def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
     Args:
         environ: The server's environment.
     """
-    kept = {name: value for name, value in environ.items() if not _is_secret(name) and name not in _NEVER}
+    kept = {name: value for name, value in environ.items() if _is_needed(name) and not _is_secret(name)}
     if "PYTHONPATH" in kept:
         # A worker has another working directory.
         parts = [str(Path(part).absolute()) for part in kept["PYTHONPATH"].split(os.pathsep) if part]
         kept["PYTHONPATH"] = os.pathsep.join(parts)
     return {**_UNLESS_SET, **kept, **_ALWAYS}
+
+
+def _is_needed(name: str) -> bool:
+    return name.upper().startswith(_NEEDED) and name not in _NEVER
 
 
 def _is_secret(name: str) -> bool:

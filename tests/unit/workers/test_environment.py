@@ -21,6 +21,9 @@ from unslothd_server.workers.environment import worker_environment
         "UNSLOTHD_HOME",
         "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION",
         "hf_token",
+        "SOMETHING_NOBODY_THOUGHT_OF",
+        "SSH_AUTH_SOCK",
+        "KUBERNETES_SERVICE_HOST",
     ],
 )
 def test_secrets_and_the_servers_settings_are_not_handed_on(name: str):
@@ -29,7 +32,16 @@ def test_secrets_and_the_servers_settings_are_not_handed_on(name: str):
 
 @pytest.mark.parametrize(
     "name",
-    ["PATH", "HOME", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HTTPS_PROXY", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS"],
+    [
+        "PATH",
+        "HOME",
+        "CUDA_VISIBLE_DEVICES",
+        "HF_HOME",
+        "HTTPS_PROXY",
+        "TOKENIZERS_PARALLELISM",
+        "OMP_NUM_THREADS",
+        "https_proxy",
+    ],
 )
 def test_what_a_training_needs_is_handed_on(name: str):
     assert worker_environment({name: "x"})[name] == "x"
