@@ -19,6 +19,7 @@ BENCHMARKS = (
     "upload",
     "plan",
     "mcp_calls",
+    "load_model",
     "step_overhead",
 )
 BENCHMARK_SECONDS = 1800

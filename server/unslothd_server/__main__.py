@@ -37,6 +37,7 @@ from unslothd_server.state_versions import NewerStateError, refuse_newer
 from unslothd_server.workers.devices import HostDevices
 from unslothd_server.workers.launcher import WORKER_COMMAND, LocalLauncher
 from unslothd_server.workers.row_checker import SubprocessRowChecker
+from unslothd_server.workers.warm import WarmLauncher
 
 _GRACE_SECONDS = 5.0
 
@@ -119,6 +120,7 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_
     # Scripts and tests wait for this line, on stdout.
     print(f"unslothd {__version__} is serving on {host}:{port}", flush=True)  # noqa: T201
     roots = [str(root) for root in settings.model_roots]
+    service.warm_workers.keep()
     log.info("ready", home=str(settings.home), output_root=str(settings.output_root), model_roots=roots)
     await stop.wait()
     hints = {
@@ -141,7 +143,8 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
     datasets = Datasets(
         DatasetStore(settings.home / "datasets"), SubprocessRowChecker(), max_bytes=settings.max_dataset_bytes
     )
-    launcher = LocalLauncher(settings.home, trust_remote_code=settings.trust_remote_code, command=worker_command)
+    local = LocalLauncher(settings.home, trust_remote_code=settings.trust_remote_code, command=worker_command)
+    launcher = WarmLauncher(local, settings.warm_workers)
     models = Models(
         launcher,
         HostDevices(),
@@ -161,7 +164,7 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
         stall_seconds=settings.stall_seconds,
     )
     trainings.read_all()
-    await models.recover(launcher.attach_living(), trainings.newest_result)
+    await models.recover(local.attach_living(), trainings.newest_result)
     await trainings.go_on()
     artifacts = Artifacts(settings.home / "artifacts")
     workers = TemporaryWorkers(launcher, models.admission)
@@ -171,6 +174,7 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
         trainings,
         Exports(models, workers, artifacts, settings.output_root, trainings.result_of),
         Downloads(artifacts, settings.output_root, trainings.result_of),
+        launcher,
         max_loaded_models=settings.max_loaded_models,
         max_queued_trainings=settings.max_queued_trainings,
     )

@@ -101,6 +101,13 @@ class Settings(BaseModel):
     )
     max_dataset_bytes: ByteSize = Field(default=ByteSize(50 * GIB), ge=MIB, description="Largest uploaded dataset.")
     max_loaded_models: int = Field(default=8, ge=1, le=1000, description="Most models at a time.")
+    warm_workers: int = Field(
+        default=1,
+        ge=0,
+        le=16,
+        description="Spare workers that have Unsloth imported before a model is loaded; each holds about 1 GB of RAM. "
+        "0 = none.",
+    )
     max_queued_trainings: int = Field(
         default=100, ge=1, le=100_000, description="Most trainings that wait for their turn on one model."
     )

@@ -248,6 +248,8 @@ class Grip:
 class InMemoryHost:
     """Where workers live: implements `app.ports.WorkerLauncher` for one server object after the other."""
 
+    has_spare = False
+
     def __init__(self) -> None:
         self.generation = 0
         self.workers: list[InMemoryWorker] = []

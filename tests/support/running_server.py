@@ -69,6 +69,7 @@ class RunningServer:
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(sys.path),
                     "UNSLOTHD_CONFIG": "",  # no file of this machine
+                    "UNSLOTHD_WARM_WORKERS": "0",  # an import costs CPU that tests need; --warm-workers has them
                     **(environment or {}),
                 },
             )

@@ -123,7 +123,8 @@ class ModelWorkers:
 
     async def _make(self, entry: LoadedModel, token: str) -> None:
         stored = entry.stored
-        entry.progress.append(LoadProgress(phase=LoadProgress.PHASE_STARTING_WORKER, model_id=entry.model_id))
+        if not self._launcher.has_spare:  # a spare that still imports says so itself
+            entry.progress.append(LoadProgress(phase=LoadProgress.PHASE_STARTING_WORKER, model_id=entry.model_id))
         worker = entry.worker = await self._launcher.launch(entry.model_id, device_map=entry.model.device_map)
         async for response in worker.load(stored.worker_load(token)):
             if response.HasField("progress"):

@@ -82,12 +82,34 @@ class Worker(Protocol):
 class WorkerLauncher(Protocol):
     """Starts workers."""
 
+    @property
+    def has_spare(self) -> bool:
+        """True when the next launch takes a process that was started before, and need not be told as a start."""
+        ...
+
     async def launch(self, model_id: str, *, device_map: str) -> Worker:
         """Starts a worker for a model; returns once it answers.
 
         Raises:
             AbortedError: It died, or did not answer in time (WORKER_DIED, WORKER_UNRESPONSIVE).
         """
+        ...
+
+
+class WarmWorkers(Protocol):
+    """Spare workers, which `WorkerLauncher.launch` takes."""
+
+    @property
+    def num_ready(self) -> int:
+        """Spares whose imports are done."""
+        ...
+
+    def keep(self) -> None:
+        """Begins to start spares."""
+        ...
+
+    async def close(self) -> None:
+        """Ends the spares. Launches go on without."""
         ...
 
 

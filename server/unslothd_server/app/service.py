@@ -12,6 +12,7 @@ from unslothd_server.app.datasets import Datasets
 from unslothd_server.app.downloads import Downloads
 from unslothd_server.app.exports import Exports
 from unslothd_server.app.models import RETRY_AFTER_STOP_SECONDS, Models
+from unslothd_server.app.ports import WarmWorkers
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.errors import PreconditionError, UnavailableError
 
@@ -28,6 +29,7 @@ class Service:
         trainings: Trainings and their queues.
         exports: Exports that run.
         downloads: Files of artifacts and checkpoints.
+        warm_workers: Spares that loads take.
         max_loaded_models: Most models at a time.
         max_queued_trainings: Most trainings that wait on one model.
     """
@@ -37,6 +39,7 @@ class Service:
     trainings: Trainings
     exports: Exports
     downloads: Downloads
+    warm_workers: WarmWorkers
     max_loaded_models: int
     max_queued_trainings: int
 
@@ -52,6 +55,7 @@ class Service:
                 export_formats=self.exports.formats(),
                 max_queued_trainings=self.max_queued_trainings,
             ),
+            warm_workers=self.warm_workers.num_ready,
         )
 
     async def delete_dataset(self, dataset_id: str) -> None:
@@ -99,6 +103,7 @@ class Service:
                 retry_seconds=RETRY_AFTER_STOP_SECONDS,
             )
         )
+        await self.warm_workers.close()
         if not leave_running:
             await self.trainings.pause_running()
         self.models.refuse_new()

@@ -5,6 +5,7 @@ Unsloth, torch and their signal handling belong on the main thread; gRPC's threa
 
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
+from threading import Event
 from typing import Generic, TypeVar
 
 from unslothd_server.worker.faults import end_if_device_is_lost
@@ -53,6 +54,16 @@ class CommandQueue:
 
     def __init__(self) -> None:
         self._waiting: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._imported = Event()
+
+    @property
+    def has_imported(self) -> bool:
+        """True once the main thread takes commands: what it had to import is imported."""
+        return self._imported.is_set()
+
+    def wait_imported(self) -> None:
+        """Returns once the main thread takes commands."""
+        self._imported.wait()
 
     def post(self, command: Callable[[], None]) -> None:
         """Adds a command; what it raises ends the worker."""
@@ -60,5 +71,6 @@ class CommandQueue:
 
     def run_forever(self) -> None:
         """Runs the commands as they come. For the main thread."""
+        self._imported.set()
         while True:
             self._waiting.get()()

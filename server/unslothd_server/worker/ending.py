@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Lock, Thread
 
@@ -82,10 +83,23 @@ def end_on_signals(ending: Ending) -> None:
     Thread(target=_obey_signals, args=(reader, ending), name="signals", daemon=True).start()
 
 
-def end_when_orphaned(bundle: BundleLayout, server_home: Path, every_s: float) -> None:
-    """Ends the process and what it forked soon after its folder or the server's home is gone."""
+def end_when_orphaned(
+    bundle: BundleLayout, server_home: Path, has_lost_server: Callable[[], bool], every_s: float
+) -> None:
+    """Ends the process and what it forked soon after its folder or the server's home is gone.
+
+    Args:
+        bundle: Its folder.
+        server_home: Home of the server.
+        has_lost_server: True when it cannot live without its server, and that is gone.
+        every_s: Seconds between two looks.
+    """
     identity = _identity(bundle.lock)
-    Thread(target=_watch_home, args=(bundle, server_home, identity, every_s), name="orphan", daemon=True).start()
+
+    def is_orphaned() -> bool:
+        return _identity(bundle.lock) != identity or not server_home.is_dir() or has_lost_server()
+
+    Thread(target=_watch_home, args=(bundle, is_orphaned, every_s), name="orphan", daemon=True).start()
 
 
 def _only_wake(_number: int, _frame: object) -> None:
@@ -117,14 +131,13 @@ def _obey_signals(reader: int, ending: Ending) -> None:
             ending.begin(f"asked by {signal.Signals(number).name}", save_checkpoint=False)
 
 
-def _watch_home(bundle: BundleLayout, server_home: Path, identity: tuple[int, int] | None, every_s: float) -> None:
+def _watch_home(bundle: BundleLayout, is_orphaned: Callable[[], bool], every_s: float) -> None:
     never = Event()
     misses = 0
     while misses < _MISSES_BEFORE_ORPHANED:
         never.wait(every_s)
-        is_there = _identity(bundle.lock) == identity and server_home.is_dir()
-        misses = 0 if is_there else misses + 1
-    _log.error("ending: %s or %s is gone", bundle.directory, server_home)
+        misses = misses + 1 if is_orphaned() else 0
+    _log.error("ending: the server of %s, its home or this folder is gone", bundle.directory)
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)  # with everything that was forked: nobody else is left to end it
     os._exit(EXIT_ORPHANED)

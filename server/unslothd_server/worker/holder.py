@@ -32,7 +32,7 @@ class ModelHolder:
 
     Args:
         engine: Does the work.
-        bootstrap: What the worker was told when it started.
+        bootstrap: What the worker was told when it started; without a model it is a spare.
     """
 
     def __init__(self, engine: Engine, bootstrap: WorkerBootstrap) -> None:
@@ -47,8 +47,25 @@ class ModelHolder:
 
     @property
     def model_id(self) -> str:
-        """Id of the model."""
+        """Id of the model; empty while it is a spare."""
         return self._bootstrap.model_id
+
+    @property
+    def is_spare(self) -> bool:
+        """True until it is told its model."""
+        return not self.model_id
+
+    def take_model(self, bootstrap: WorkerBootstrap) -> None:
+        """Becomes the worker of a model. An equal call may come again.
+
+        Raises:
+            PreconditionError: It has a model, or is ending (MODEL_NOT_READY).
+        """
+        with self._lock:
+            self._check_not_ending()
+            if not self.is_spare and bootstrap != self._bootstrap:
+                raise _not_ready(f"This is the worker of model '{self.model_id}'. Start another one for another model.")
+            self._bootstrap = bootstrap
 
     def status(self) -> GetStatusResponse:
         """What the worker is doing."""
@@ -93,10 +110,12 @@ class ModelHolder:
         """Marks the one load of a worker's life as begun.
 
         Raises:
-            PreconditionError: There was one before (MODEL_NOT_READY).
+            PreconditionError: There was one before, or it has no model yet (MODEL_NOT_READY).
         """
         with self._lock:
             self._check_not_ending()
+            if self.is_spare:
+                raise _not_ready("This worker is a spare. Tell it its model by TakeModel before LoadModel.")
             if self._load_asked:
                 raise _not_ready("A worker loads a model once in its life. Start another worker for another load.")
             self._load_asked = True

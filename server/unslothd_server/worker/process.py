@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -71,11 +72,17 @@ def _serve(
     add_WorkerServiceServicer_to_server(service, server)
     service.ending = Ending(holder, server, bundle)
     end_on_signals(service.ending)
-    end_when_orphaned(bundle, Path(bootstrap.server_home), orphan_check_s)
+    end_when_orphaned(bundle, Path(bootstrap.server_home), partial(_has_lost_server, holder, bootstrap), orphan_check_s)
     Path(bootstrap.socket_path).unlink(missing_ok=True)  # of a dead predecessor: this process holds the lock
     server.add_insecure_port(f"unix:{bootstrap.socket_path}")
     server.start()
-    _log.info("worker of model %s, process %d, listens", bootstrap.model_id, os.getpid())
+    name = "spare worker" if holder.is_spare else f"worker of model {holder.model_id}"
+    _log.info("%s, process %d, listens", name, os.getpid())
+
+
+def _has_lost_server(holder: ModelHolder, bootstrap: WorkerBootstrap) -> bool:
+    """True for a spare whose server is gone: it holds nothing that another server could go on with."""
+    return holder.is_spare and os.getppid() != bootstrap.server_pid
 
 
 def _read_bootstrap(bundle: BundleLayout) -> WorkerBootstrap:

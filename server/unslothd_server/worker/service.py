@@ -40,7 +40,17 @@ class WorkerService(WorkerServiceServicer):
     ) -> messages.GetStatusResponse:
         """What the worker is doing. Answers at any time."""
         with aborting(context, "reading the status"):
+            if request.when_imported:
+                self._commands.wait_imported()
             return self._holder.status()
+
+    def TakeModel(
+        self, request: messages.TakeModelRequest, context: grpc.ServicerContext
+    ) -> messages.TakeModelResponse:
+        """Makes a spare the worker of a model."""
+        with aborting(context, "taking a model"):
+            self._holder.take_model(request.bootstrap)
+            return messages.TakeModelResponse()
 
     def LoadModel(
         self, request: messages.LoadModelRequest, context: grpc.ServicerContext
@@ -48,8 +58,9 @@ class WorkerService(WorkerServiceServicer):
         """Loads the model on the main thread; goes on when the caller goes away."""
         with aborting(context, "loading the model"):
             self._holder.claim_load()
-            starting = LoadProgress(phase=LoadProgress.PHASE_STARTING_WORKER, model_id=self._holder.model_id)
-            yield messages.LoadModelResponse(progress=starting)
+            if not self._commands.has_imported:
+                starting = LoadProgress(phase=LoadProgress.PHASE_STARTING_WORKER, model_id=self._holder.model_id)
+                yield messages.LoadModelResponse(progress=starting)
             yield from self._on_main(partial(self._load, request))
 
     def PrepareForTraining(

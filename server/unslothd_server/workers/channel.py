@@ -22,7 +22,7 @@ from unslothd_server.workers import exit_report
 from unslothd_server.workers.bundle import Bundle
 from unslothd_server.workers.calls import answered_error, is_broken
 from unslothd_server.workers.liveness import ProcessHandle, kill_session, lock_holder
-from unslothd_server.workers.stop import stop_process
+from unslothd_server.workers.stop import kill_process, stop_process
 from unslothd_server.workers.timeouts import WorkerTimeouts
 
 T = TypeVar("T")
@@ -68,6 +68,7 @@ class WorkerProcess:
         self._child = child
         self._timeouts = timeouts
         self._asked = False
+        self._load_over = asyncio.Event()
         self._stopping: asyncio.Task[WorkerExit] | None = None
         self._channel = grpc.aio.insecure_channel(f"unix:{bundle.socket_path}", options=_CHANNEL_OPTIONS)
         self._stub = WorkerServiceStub(self._channel)
@@ -100,8 +101,11 @@ class WorkerProcess:
 
     async def load(self, request: messages.LoadModelRequest) -> AsyncIterator[messages.LoadModelResponse]:
         """Loads the model; the last message carries it."""
-        async for response in self._stream("loading", lambda: self._stub.LoadModel(request)):
-            yield response
+        try:
+            async for response in self._stream("loading", lambda: self._stub.LoadModel(request)):
+                yield response
+        finally:
+            self._load_over.set()
 
     async def prepare(self, request: messages.PrepareForTrainingRequest) -> Model:
         """Attaches trainable parameters."""
@@ -171,15 +175,42 @@ class WorkerProcess:
         finally:
             first.cancel()
 
+    async def imported(self) -> None:
+        """Returns once its imports are done.
+
+        Raises:
+            AbortedError: It died, or was not done within `timeouts.import_libraries`.
+        """
+        request, bound = messages.GetStatusRequest(when_imported=True), self._timeouts.import_libraries
+        await self._answer("importing", bound, lambda: self._stub.GetStatus(request, timeout=bound))
+
+    async def take_model(self, model_id: str, *, device_map: str) -> None:
+        """Makes a spare the worker of a model, first in its folder: a server that finds it there knows it as that."""
+        self._bundle = self._bundle.given_to(model_id, device_map=device_map)
+        request, bound = messages.TakeModelRequest(bootstrap=self._bundle.bootstrap), self._timeouts.answer
+        await self._answer("taking a model", bound, lambda: self._stub.TakeModel(request, timeout=bound))
+
+    async def wait_load_over(self) -> None:
+        """Returns once a load has ended, well or not, or the process has."""
+        load_over = asyncio.create_task(self._load_over.wait())
+        try:
+            await asyncio.wait([load_over, self._end], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            load_over.cancel()
+
     async def stop(self) -> WorkerExit:
         """Ends the process by the bounded stop ladder and removes its folder. Repeatable; goes on when cancelled.
 
         Raises:
             WorkerStuckError: Not even SIGKILL ended it in time.
         """
-        if self._stopping is None or (self._stopping.done() and self._stopping.exception() is not None):
-            self._stopping = asyncio.create_task(self._stop(), name=f"stop of worker {self.model_id}")
-        return await asyncio.shield(self._stopping)
+        if self._bundle.is_spare:
+            return await self.kill()
+        return await self._ended_by(lambda: stop_process(self._process, self._end, self._ask_to_end, self._timeouts))
+
+    async def kill(self) -> WorkerExit:
+        """As `stop`, without asking first: for a worker that has nothing to save."""
+        return await self._ended_by(lambda: kill_process(self._process, self._end, self._timeouts))
 
     async def exited(self) -> WorkerExit:
         """Returns once the process is gone, for whatever reason. Any number of callers may wait."""
@@ -192,10 +223,15 @@ class WorkerProcess:
         await self._channel.close()
         self._process.close()
 
-    async def _stop(self) -> WorkerExit:
+    async def _ended_by(self, end: Callable[[], Awaitable[None]]) -> WorkerExit:
+        if self._stopping is None or (self._stopping.done() and self._stopping.exception() is not None):
+            self._stopping = asyncio.create_task(self._stop(end), name=f"stop of worker {self.model_id}")
+        return await asyncio.shield(self._stopping)
+
+    async def _stop(self, end: Callable[[], Awaitable[None]]) -> WorkerExit:
         if not self._end.done():
             self._asked = True
-            await stop_process(self._process, self._end, self._ask_to_end, self._timeouts)
+            await end()
         if not self._end.done():
             raise WorkerStuckError(self.model_id, self._process.pid)
         await self._channel.close(grace=self._timeouts.death_after_broken_call)

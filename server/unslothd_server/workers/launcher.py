@@ -10,7 +10,7 @@ from pathlib import Path
 from unslothd_server.workers.bundle import Bundle
 from unslothd_server.workers.channel import WorkerProcess
 from unslothd_server.workers.environment import worker_environment
-from unslothd_server.workers.liveness import ProcessHandle
+from unslothd_server.workers.liveness import ProcessHandle, lock_holder
 from unslothd_server.workers.timeouts import WorkerTimeouts
 
 WORKER_COMMAND = (sys.executable, "-m", "unslothd_server.worker")
@@ -50,46 +50,68 @@ class LocalLauncher:
     async def launch(self, model_id: str, *, device_map: str) -> WorkerProcess:
         """Starts a worker for a model; returns once it answers. Nothing stays behind when it does not.
 
-        A worker that an earlier server left in the model's folder is ended first.
+        A worker of the model that an earlier server left is ended first.
 
         Raises:
             AbortedError: It died, or did not answer in time (WORKER_DIED, WORKER_UNRESPONSIVE).
         """
-        leftover = self._attach(self._home / "workers" / model_id)
-        if leftover is not None:
-            await leftover.stop()
+        await self._end_leftover(model_id)
         # Milliseconds, and not in a thread: a cancelled launch would lose what the thread goes on to make.
-        bundle = self._make_bundle(model_id, device_map)
-        child = self._spawn(bundle)
-        worker = WorkerProcess(bundle, self._home, ProcessHandle(child.pid), child, self._timeouts)
-        try:
-            await worker.wait_listening()
-        except BaseException:
-            await worker.stop()
-            raise
-        _log.info("worker is process %d", child.pid, extra={"model_id": model_id})
-        return worker
-
-    def attach_living(self) -> list[WorkerProcess]:
-        """Returns the workers of this home that live, whoever started them: to go on with, or to stop."""
-        folder = self._home / "workers"
-        directories = sorted(folder.iterdir()) if folder.is_dir() else []
-        found = [self._attach(directory) for directory in directories]
-        return [worker for worker in found if worker is not None]
-
-    def _attach(self, directory: Path) -> WorkerProcess | None:
-        if not directory.is_dir():
-            return None
-        return WorkerProcess.attach(Bundle.open(directory), self._home, self._timeouts)
-
-    def _make_bundle(self, model_id: str, device_map: str) -> Bundle:
-        return Bundle.create(
+        bundle = Bundle.create(
             self._home,
             model_id,
             device_map=device_map,
             cache_dir=self._cache_dir,
             trust_remote_code=self._trust_remote_code,
         )
+        return await self._start(bundle)
+
+    async def launch_spare(self) -> WorkerProcess:
+        """Starts a worker that imports and waits for a model; as `launch` otherwise."""
+        bundle = Bundle.create_spare(self._home, cache_dir=self._cache_dir, trust_remote_code=self._trust_remote_code)
+        return await self._start(bundle)
+
+    async def hand_over(self, spare: WorkerProcess, model_id: str, *, device_map: str) -> None:
+        """Makes a spare the worker of a model, as if it had been launched for it. The caller ends it if that fails.
+
+        Raises:
+            AbortedError: It died, or did not answer in time (WORKER_DIED, WORKER_UNRESPONSIVE).
+        """
+        await self._end_leftover(model_id)
+        Bundle.remove_of(model_id, self._home)
+        await spare.take_model(model_id, device_map=device_map)
+        _log.info("worker is process %d, which stood ready", spare.pid, extra={"model_id": model_id})
+
+    def attach_living(self) -> list[WorkerProcess]:
+        """Returns the workers of this home that live, whoever started them: to go on with, or to stop."""
+        found = [self._attach(bundle) for bundle in Bundle.all_in(self._home)]
+        return [worker for worker in found if worker is not None]
+
+    def remove_dead_spares(self) -> None:
+        """Removes the folders of spares of earlier servers, which ended without one that would see it."""
+        for bundle in Bundle.all_in(self._home):
+            if bundle.is_spare and lock_holder(bundle.layout.lock) is None:
+                bundle.remove(self._home)
+
+    def _attach(self, bundle: Bundle) -> WorkerProcess | None:
+        return WorkerProcess.attach(bundle, self._home, self._timeouts)
+
+    async def _end_leftover(self, model_id: str) -> None:
+        for bundle in Bundle.all_in(self._home):
+            leftover = self._attach(bundle) if bundle.model_id == model_id else None
+            if leftover is not None:
+                await leftover.stop()
+
+    async def _start(self, bundle: Bundle) -> WorkerProcess:
+        child = self._spawn(bundle)
+        worker = WorkerProcess(bundle, self._home, ProcessHandle(child.pid), child, self._timeouts)
+        try:
+            await worker.wait_listening()
+        except BaseException:
+            await worker.kill()
+            raise
+        _log.info("worker is process %d", child.pid, extra={"model_id": worker.model_id})
+        return worker
 
     def _spawn(self, bundle: Bundle) -> "subprocess.Popen[bytes]":
         layout = bundle.layout

@@ -41,6 +41,11 @@ async def stop_process(
     if await _ends_within(ended, timeouts.end_on_sigterm):
         return
     _log.warning("worker process %d is still there: SIGKILL", process.pid)
+    await kill_process(process, ended, timeouts)
+
+
+async def kill_process(process: ProcessHandle, ended: asyncio.Future[Any], timeouts: WorkerTimeouts) -> None:
+    """Ends a worker process without asking; returns once it has ended, or when it did not in time."""
     process.send(signal.SIGKILL)
     await kill_session(process.pid, within_s=timeouts.end_on_sigkill)
     if not await _ends_within(ended, timeouts.end_on_sigkill):

@@ -9,7 +9,8 @@ class WorkerTimeouts:
 
     Args:
         start: From the spawn to the first answer; takes 0.3 s on an idle host.
-        answer: GetStatus, CancelTraining, Shutdown; up to 0.3 s while the worker trains, more while it imports.
+        import_libraries: From the first answer of a spare until its imports are done; takes 44 s on a slow disk.
+        answer: GetStatus, TakeModel, CancelTraining, Shutdown; up to 0.3 s while it trains, more while it imports.
         start_training: Opening the log of a training that may have 100 000 events.
         prepare: Attaching an adapter to the largest model, behind a generation that runs.
         plan: Reading and rendering the largest dataset, and a probe.
@@ -20,6 +21,7 @@ class WorkerTimeouts:
     """
 
     start: float = 60.0
+    import_libraries: float = 600.0
     answer: float = 15.0
     start_training: float = 60.0
     prepare: float = 900.0

@@ -18,6 +18,8 @@ from unslothd_server.workers.timeouts import WorkerTimeouts
 PATIENT = WorkerTimeouts()
 HASTY = WorkerTimeouts(end_in_order=0.5, end_on_sigterm=0.3, end_on_sigkill=20, answer=5)
 
+LOAD = messages.LoadModelRequest(model_name="fake", source="fake", max_seq_length=64)
+
 
 def bounded(test: Coroutine[Any, Any, None], seconds: float = 60) -> None:
     """Runs a test's coroutine; it fails when it takes longer."""
@@ -58,7 +60,7 @@ class Home:
     async def loaded(self, model_id: str = "m", *, timeouts: WorkerTimeouts = PATIENT, **knobs: Any) -> WorkerProcess:
         """Returns a worker whose model is loaded."""
         worker = await self.launcher(timeouts=timeouts, **knobs).launch(model_id, device_map="auto")
-        async for _ in worker.load(messages.LoadModelRequest(model_name="fake", source="fake", max_seq_length=64)):
+        async for _ in worker.load(LOAD):
             pass
         return worker
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from doubles.gates import StepGate
-from integration.worker.harness import Home, at_step, bounded, events_of, kinds, raised_by, until
+from integration.worker.harness import LOAD, Home, at_step, bounded, events_of, kinds, raised_by, until
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.model_pb2 import LoadProgress, Model
 from unslothd.v1.service_pb2 import GenerateRequest
@@ -14,8 +14,6 @@ from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd.worker.v1 import worker_service_pb2 as messages
 from unslothd_server.errors import AlreadyExistsError, NotFoundError, PreconditionError, UnexpectedError
 from unslothd_server.event_log import EventLogReader
-
-LOAD = messages.LoadModelRequest(model_name="fake", source="fake", max_seq_length=64)
 
 
 def test_the_socket_answers_before_the_import_is_done(home: Home, tmp_path: Path):

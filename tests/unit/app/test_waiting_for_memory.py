@@ -56,6 +56,8 @@ class QuickWorker:
 class QuickLauncher:
     """Starts quick workers."""
 
+    has_spare = False
+
     async def launch(self, model_id: str, *, device_map: str) -> QuickWorker:
         return QuickWorker()
 

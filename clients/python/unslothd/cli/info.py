@@ -34,6 +34,9 @@ def _show(answer: GetServerInfoResponse, target: str, out: Output) -> None:
         free, total = texts.size(device.free_memory_bytes), texts.size(device.total_memory_bytes)
         table.add_row(device.device, device.name, free, total, ", ".join(device.model_ids))
     out.console.print(table)
+    if answer.warm_workers:
+        plural = "s" if answer.warm_workers > 1 else ""
+        out.line(f"{answer.warm_workers} warm worker{plural}: so many loads wait for no import")
     limits = answer.limits
     out.line(
         f"limits: {limits.max_loaded_models} models, {limits.max_queued_trainings} queued trainings a model, "

@@ -179,7 +179,9 @@ class LoadProgress(_message.Message):
         """Before all others, with wait_for_memory: the device is too full; total = bytes needed, done = bytes free."""
 
     class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
-        """What the load is doing. Phases come in this order; DOWNLOADING is skipped for local files."""
+        """What the load is doing. Phases come in this order; STARTING_WORKER is skipped where a warm worker stands ready,
+        DOWNLOADING for local files.
+        """
 
     PHASE_UNSPECIFIED: LoadProgress.Phase.ValueType  # 0
     """Not used."""

@@ -98,8 +98,11 @@ class GetServerInfoResponse(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
+    WARM_WORKERS_FIELD_NUMBER: _builtins.int
     server_version: _builtins.str
     """Version of unslothd, e.g. "0.1.0"."""
+    warm_workers: _builtins.int
+    """Spare workers that stand ready with Unsloth imported: so many loads begin at once."""
     @_builtins.property
     def engine_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of unsloth, torch, transformers, trl, peft and bitsandbytes that workers use, by package name."""
@@ -124,10 +127,11 @@ class GetServerInfoResponse(_message.Message):
         devices: _abc.Iterable[_server_info_pb2.Device] | None = ...,
         limits: _server_info_pb2.ServerLimits | None = ...,
         caller: _server_info_pb2.Caller | None = ...,
+        warm_workers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "devices", b"devices", "engine_versions", b"engine_versions", "limits", b"limits", "server_version", b"server_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "devices", b"devices", "engine_versions", b"engine_versions", "limits", b"limits", "server_version", b"server_version", "warm_workers", b"warm_workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -98,7 +98,8 @@ func (Model_State) EnumDescriptor() ([]byte, []int) {
 	return file_unslothd_v1_model_proto_rawDescGZIP(), []int{0, 0}
 }
 
-// What the load is doing. Phases come in this order; DOWNLOADING is skipped for local files.
+// What the load is doing. Phases come in this order; STARTING_WORKER is skipped where a warm worker stands ready,
+// DOWNLOADING for local files.
 type LoadProgress_Phase int32
 
 const (

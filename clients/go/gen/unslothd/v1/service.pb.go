@@ -125,7 +125,9 @@ type GetServerInfoResponse struct {
 	// What requests may hold.
 	Limits *ServerLimits `protobuf:"bytes,4,opt,name=limits,proto3" json:"limits,omitempty"`
 	// Whom the server takes the caller for, and what that may do.
-	Caller        *Caller `protobuf:"bytes,5,opt,name=caller,proto3" json:"caller,omitempty"`
+	Caller *Caller `protobuf:"bytes,5,opt,name=caller,proto3" json:"caller,omitempty"`
+	// Spare workers that stand ready with Unsloth imported: so many loads begin at once.
+	WarmWorkers   int32 `protobuf:"varint,6,opt,name=warm_workers,json=warmWorkers,proto3" json:"warm_workers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -193,6 +195,13 @@ func (x *GetServerInfoResponse) GetCaller() *Caller {
 		return x.Caller
 	}
 	return nil
+}
+
+func (x *GetServerInfoResponse) GetWarmWorkers() int32 {
+	if x != nil {
+		return x.WarmWorkers
+	}
+	return 0
 }
 
 // Says what to load, and how.
@@ -2863,13 +2872,14 @@ var File_unslothd_v1_service_proto protoreflect.FileDescriptor
 const file_unslothd_v1_service_proto_rawDesc = "" +
 	"\n" +
 	"\x19unslothd/v1/service.proto\x12\vunslothd.v1\x1a\x1aunslothd/v1/artifact.proto\x1a\x19unslothd/v1/dataset.proto\x1a\x1cunslothd/v1/generation.proto\x1a\x17unslothd/v1/model.proto\x1a\x1dunslothd/v1/server_info.proto\x1a\x1aunslothd/v1/training.proto\x1a unslothd/v1/training_event.proto\"\x16\n" +
-	"\x14GetServerInfoRequest\"\xf1\x02\n" +
+	"\x14GetServerInfoRequest\"\x94\x03\n" +
 	"\x15GetServerInfoResponse\x12%\n" +
 	"\x0eserver_version\x18\x01 \x01(\tR\rserverVersion\x12_\n" +
 	"\x0fengine_versions\x18\x02 \x03(\v26.unslothd.v1.GetServerInfoResponse.EngineVersionsEntryR\x0eengineVersions\x12-\n" +
 	"\adevices\x18\x03 \x03(\v2\x13.unslothd.v1.DeviceR\adevices\x121\n" +
 	"\x06limits\x18\x04 \x01(\v2\x19.unslothd.v1.ServerLimitsR\x06limits\x12+\n" +
-	"\x06caller\x18\x05 \x01(\v2\x13.unslothd.v1.CallerR\x06caller\x1aA\n" +
+	"\x06caller\x18\x05 \x01(\v2\x13.unslothd.v1.CallerR\x06caller\x12!\n" +
+	"\fwarm_workers\x18\x06 \x01(\x05R\vwarmWorkers\x1aA\n" +
 	"\x13EngineVersionsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa6\x03\n" +

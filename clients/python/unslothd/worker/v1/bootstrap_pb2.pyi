@@ -30,10 +30,11 @@ class WorkerBootstrap(_message.Message):
     TRUST_REMOTE_CODE_FIELD_NUMBER: _builtins.int
     DEVICE_MAP_FIELD_NUMBER: _builtins.int
     CACHE_DIR_FIELD_NUMBER: _builtins.int
+    SERVER_PID_FIELD_NUMBER: _builtins.int
     bootstrap_version: _builtins.int
     """Version of this message's meaning; a worker refuses one that it does not know."""
     model_id: _builtins.str
-    """Model that this worker will hold."""
+    """Model that this worker will hold; empty = a spare, which imports and waits for TakeModel."""
     bundle_dir: _builtins.str
     """Absolute folder of this worker: bootstrap, lock, log, exit record and working directory are in it."""
     socket_path: _builtins.str
@@ -46,6 +47,8 @@ class WorkerBootstrap(_message.Message):
     """"auto", "cpu" or a device such as "cuda:0": where the model goes."""
     cache_dir: _builtins.str
     """Folder for converted GGUF weights, shared by workers."""
+    server_pid: _builtins.int
+    """Only of a spare: process id of the server that started it, with which it ends."""
     def __init__(
         self,
         *,
@@ -57,10 +60,11 @@ class WorkerBootstrap(_message.Message):
         trust_remote_code: _builtins.bool = ...,
         device_map: _builtins.str = ...,
         cache_dir: _builtins.str = ...,
+        server_pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bootstrap_version", b"bootstrap_version", "bundle_dir", b"bundle_dir", "cache_dir", b"cache_dir", "device_map", b"device_map", "model_id", b"model_id", "server_home", b"server_home", "socket_path", b"socket_path", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bootstrap_version", b"bootstrap_version", "bundle_dir", b"bundle_dir", "cache_dir", b"cache_dir", "device_map", b"device_map", "model_id", b"model_id", "server_home", b"server_home", "server_pid", b"server_pid", "socket_path", b"socket_path", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,9 +29,10 @@ from unslothd.v1 import model_pb2 as unslothd_dot_v1_dot_model__pb2
 from unslothd.v1 import service_pb2 as unslothd_dot_v1_dot_service__pb2
 from unslothd.v1 import training_pb2 as unslothd_dot_v1_dot_training__pb2
 from unslothd.v1 import training_event_pb2 as unslothd_dot_v1_dot_training__event__pb2
+from unslothd.worker.v1 import bootstrap_pb2 as unslothd_dot_worker_dot_v1_dot_bootstrap__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'unslothd/worker/v1/worker_service.proto\x12\x12unslothd.worker.v1\x1a\x1aunslothd/v1/artifact.proto\x1a\x19unslothd/v1/dataset.proto\x1a\x1cunslothd/v1/generation.proto\x1a\x17unslothd/v1/model.proto\x1a\x19unslothd/v1/service.proto\x1a\x1aunslothd/v1/training.proto\x1a unslothd/v1/training_event.proto\"\x12\n\x10GetStatusRequest\"\xf4\x01\n\x11GetStatusResponse\x12\x10\n\x03pid\x18\x01 \x01(\x03R\x03pid\x12(\n\x05model\x18\x02 \x01(\x0b\x32\x12.unslothd.v1.ModelR\x05model\x12\x1f\n\x0btraining_id\x18\x03 \x01(\tR\ntrainingId\x12\'\n\x0ftraining_active\x18\x04 \x01(\x08R\x0etrainingActive\x12#\n\rlast_sequence\x18\x05 \x01(\x04R\x0clastSequence\x12\x34\n\x16seconds_since_progress\x18\x06 \x01(\x01R\x14secondsSinceProgress\"\xb1\x02\n\x10LoadModelRequest\x12\x1d\n\nmodel_name\x18\x01 \x01(\tR\tmodelName\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12$\n\x0emax_seq_length\x18\x03 \x01(\x05R\x0cmaxSeqLength\x12%\n\x0cload_in_4bit\x18\x04 \x01(\x08H\x00R\nloadIn4bit\x88\x01\x01\x12\x19\n\x05token\x18\x05 \x01(\tB\x03\x80\x01\x01R\x05token\x12\x14\n\x05\x64type\x18\x06 \x01(\tR\x05\x64type\x12\x1a\n\x08revision\x18\x07 \x01(\tR\x08revision\x12\'\n\x0f\x66ull_finetuning\x18\x08 \x01(\x08R\x0e\x66ullFinetuning\x12\x12\n\x04seed\x18\t \x01(\x03R\x04seedB\x0f\n\r_load_in_4bit\"\x82\x01\n\x11LoadModelResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32\x19.unslothd.v1.LoadProgressH\x00R\x08progress\x12*\n\x05model\x18\x02 \x01(\x0b\x32\x12.unslothd.v1.ModelH\x00R\x05modelB\x08\n\x06result\"\xbd\x01\n\x19PrepareForTrainingRequest\x12+\n\x04lora\x18\x01 \x01(\x0b\x32\x17.unslothd.v1.LoraConfigR\x04lora\x12\x12\n\x04seed\x18\x02 \x01(\x03R\x04seed\x12<\n\x1ause_gradient_checkpointing\x18\x03 \x01(\x08R\x18useGradientCheckpointing\x12!\n\x0cweights_from\x18\x04 \x01(\tR\x0bweightsFrom\"F\n\x1aPrepareForTrainingResponse\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x12.unslothd.v1.ModelR\x05model\"\xe4\x03\n\x14StartTrainingRequest\x12\x1f\n\x0btraining_id\x18\x01 \x01(\tR\ntrainingId\x12!\n\x0ctraining_dir\x18\x02 \x01(\tR\x0btrainingDir\x12#\n\rnext_sequence\x18\x03 \x01(\x04R\x0cnextSequence\x12\x33\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x1b.unslothd.v1.TrainingConfigR\x06\x63onfig\x12&\n\x0fuser_set_fields\x18\x05 \x03(\tR\ruserSetFields\x12?\n\rtrain_dataset\x18\x06 \x01(\x0b\x32\x1a.unslothd.v1.DatasetSourceR\x0ctrainDataset\x12=\n\x0c\x65val_dataset\x18\x07 \x01(\x0b\x32\x1a.unslothd.v1.DatasetSourceR\x0b\x65valDataset\x12\x1d\n\noutput_dir\x18\x08 \x01(\tR\toutputDir\x12\x34\n\x16resume_from_checkpoint\x18\t \x01(\tR\x14resumeFromCheckpoint\x12\x31\n\x14\x66\x61llback_checkpoints\x18\n \x03(\tR\x13\x66\x61llbackCheckpoints\"\x17\n\x15StartTrainingResponse\"^\n\x14WatchTrainingRequest\x12\x1f\n\x0btraining_id\x18\x01 \x01(\tR\ntrainingId\x12%\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04R\rafterSequence\"I\n\x15WatchTrainingResponse\x12\x30\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1a.unslothd.v1.TrainingEventR\x05\x65vent\"a\n\x15\x43\x61ncelTrainingRequest\x12\x1f\n\x0btraining_id\x18\x01 \x01(\tR\ntrainingId\x12\'\n\x0fsave_checkpoint\x18\x02 \x01(\x08R\x0esaveCheckpoint\"\x18\n\x16\x43\x61ncelTrainingResponse\"I\n\x0fGenerateRequest\x12\x36\n\x07request\x18\x01 \x01(\x0b\x32\x1c.unslothd.v1.GenerateRequestR\x07request\"j\n\x10GenerateResponse\x12\x14\n\x04text\x18\x01 \x01(\tH\x00R\x04text\x12\x38\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.unslothd.v1.GenerateSummaryH\x00R\x07summaryB\x06\n\x04part\"7\n\x14PauseTrainingRequest\x12\x1f\n\x0btraining_id\x18\x01 \x01(\tR\ntrainingId\"\x17\n\x15PauseTrainingResponse\"\x98\x01\n\x13PlanTrainingRequest\x12\x44\n\x08training\x18\x01 \x01(\x0b\x32(.unslothd.worker.v1.StartTrainingRequestR\x08training\x12\x18\n\x07measure\x18\x02 \x01(\x08R\x07measure\x12!\n\x0cpreview_rows\x18\x03 \x01(\x05R\x0bpreviewRows\"E\n\x14PlanTrainingResponse\x12-\n\x04plan\x18\x01 \x01(\x0b\x32\x19.unslothd.v1.TrainingPlanR\x04plan\"\x93\x01\n\x12\x45xportModelRequest\x12\x31\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.unslothd.v1.ExportFormatR\x06\x66ormat\x12+\n\x11gguf_quantization\x18\x02 \x01(\tR\x10ggufQuantization\x12\x1d\n\noutput_dir\x18\x03 \x01(\tR\toutputDir\"\x8f\x01\n\x13\x45xportModelResponse\x12\x39\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.unslothd.v1.ExportProgressH\x00R\x08progress\x12\x33\n\x08\x61rtifact\x18\x02 \x01(\x0b\x32\x15.unslothd.v1.ArtifactH\x00R\x08\x61rtifactB\x08\n\x06result\":\n\x0fShutdownRequest\x12\'\n\x0fsave_checkpoint\x18\x01 \x01(\x08R\x0esaveCheckpoint\"\x12\n\x10ShutdownResponse2\xcc\x08\n\rWorkerService\x12X\n\tGetStatus\x12$.unslothd.worker.v1.GetStatusRequest\x1a%.unslothd.worker.v1.GetStatusResponse\x12Z\n\tLoadModel\x12$.unslothd.worker.v1.LoadModelRequest\x1a%.unslothd.worker.v1.LoadModelResponse0\x01\x12s\n\x12PrepareForTraining\x12-.unslothd.worker.v1.PrepareForTrainingRequest\x1a..unslothd.worker.v1.PrepareForTrainingResponse\x12\x64\n\rStartTraining\x12(.unslothd.worker.v1.StartTrainingRequest\x1a).unslothd.worker.v1.StartTrainingResponse\x12\x66\n\rWatchTraining\x12(.unslothd.worker.v1.WatchTrainingRequest\x1a).unslothd.worker.v1.WatchTrainingResponse0\x01\x12g\n\x0e\x43\x61ncelTraining\x12).unslothd.worker.v1.CancelTrainingRequest\x1a*.unslothd.worker.v1.CancelTrainingResponse\x12\x64\n\rPauseTraining\x12(.unslothd.worker.v1.PauseTrainingRequest\x1a).unslothd.worker.v1.PauseTrainingResponse\x12\x61\n\x0cPlanTraining\x12\'.unslothd.worker.v1.PlanTrainingRequest\x1a(.unslothd.worker.v1.PlanTrainingResponse\x12`\n\x0b\x45xportModel\x12&.unslothd.worker.v1.ExportModelRequest\x1a\'.unslothd.worker.v1.ExportModelResponse0\x01\x12W\n\x08Generate\x12#.unslothd.worker.v1.GenerateRequest\x1a$.unslothd.worker.v1.GenerateResponse0\x01\x12U\n\x08Shutdown\x12#.unslothd.worker.v1.ShutdownRequest\x1a$.unslothd.worker.v1.ShutdownResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'unslothd/worker/v1/worker_service.proto\x12\x12unslothd.worker.v1\x1a\x1aunslothd/v1/artifact.proto\x1a\x19unslothd/v1/dataset.proto\x1a\x1cunslothd/v1/generation.proto\x1a\x17unslothd/v1/model.proto\x1a\x19unslothd/v1/service.proto\x1a\x1aunslothd/v1/training.proto\x1a unslothd/v1/training_event.proto\x1a\"unslothd/worker/v1/bootstrap.proto\"7\n\x10GetStatusRequest\x12#\n\rwhen_imported\x18\x01 \x01(\x08R\x0cwhenImported\"\xf4\x01\n\x11GetStatusResponse\x12\x10\n\x03pid\x18\x01 \x01(\x03R\x03pid\x12(\n\x05model\x18\x02 \x01(\x0b\x32\x12.unslothd.v1.ModelR\x05model\x12\x1f\n\x0btraining_id\x18\x03 \x01(\tR\ntrainingId\x12\'\n\x0ftraining_active\x18\x04 \x01(\x08R\x0etrainingActive\x12#\n\rlast_sequence\x18\x05 \x01(\x04R\x0clastSequence\x12\x34\n\x16seconds_since_progress\x18\x06 \x01(\x01R\x14secondsSinceProgress\"U\n\x10TakeModelRequest\x12\x41\n\tbootstrap\x18\x01 \x01(\x0b\x32#.unslothd.worker.v1.WorkerBootstrapR\tbootstrap\"\x13\n\x11TakeModelResponse\"\xb1\x02\n\x10LoadModelRequest\x12\x1d\n\nmodel_name\x18\x01 \x01(\tR\tmodelName\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12$\n\x0emax_seq_length\x18\x03 \x01(\x05R\x0cmaxSeqLength\x12%\n\x0cload_in_4bit\x18\x04 \x01(\x08H\x00R\nloadIn4bit\x88\x01\x01\x12\x19\n\x05token\x18\x05 \x01(\tB\x03\x80\x01\x01R\x05token\x12\x14\n\x05\x64type\x18\x06 \x01(\tR\x05\x64type\x12\x1a\n\x08revision\x18\x07 \x01(\tR\x08revision\x12\'\n\x0f\x66ull_finetuning\x18\x08 \x01(\x08R\x0e\x66ullFinetuning\x12\x12\n\x04seed\x18\t \x01(\x03R\x04seedB\x0f\n\r_load_in_4bit\"\x82\x01\n\x11LoadModelResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32\x19.unslothd.v1.LoadProgressH\x00R\x08progress\x12*\n\x05model\x18\x02 \x01(\x0b\x32\x12.unslothd.v1.ModelH\x00R\x05modelB\x08\n\x06result\"\xbd\x01\n\x19PrepareForTrainingRequest\x12+\n\x04lora\x18\x01 \x01(\x0b\x32\x17.unslothd.v1.LoraConfigR\x04lora\x12\x12\n\x04seed\x18\x02 \x01(\x03R\x04seed\x12<\n\x1ause_gradient_checkpointing\x18\x03 \x01(\x08R\x18useGradientCheckpointing\x12!\n\x0cweights_from\x18\x04 \x01(\tR\x0bweightsFrom\"F\n\x1aPrepareForTrainingResponse\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x12.unslothd.v1.ModelR\x05model\"\xe4\x03\n\x14StartTrainingRequest\x12\x1f\n\x0btraining_id\x18\x01 \x01(\tR\ntrainingId\x12!\n\x0ctraining_dir\x18\x02 \x01(\tR\x0btrainingDir\x12#\n\rnext_sequence\x18\x03 \x01(\x04R\x0cnextSequence\x12\x33\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x1b.unslothd.v1.TrainingConfigR\x06\x63onfig\x12&\n\x0fuser_set_fields\x18\x05 \x03(\tR\ruserSetFields\x12?\n\rtrain_dataset\x18\x06 \x01(\x0b\x32\x1a.unslothd.v1.DatasetSourceR\x0ctrainDataset\x12=\n\x0c\x65val_dataset\x18\x07 \x01(\x0b\x32\x1a.unslothd.v1.DatasetSourceR\x0b\x65valDataset\x12\x1d\n\noutput_dir\x18\x08 \x01(\tR\toutputDir\x12\x34\n\x16resume_from_checkpoint\x18\t \x01(\tR\x14resumeFromCheckpoint\x12\x31\n\x14\x66\x61llback_checkpoints\x18\n \x03(\tR\x13\x66\x61llbackCheckpoints\"\x17\n\x15StartTrainingResponse\"^\n\x14WatchTrainingRequest\x12\x1f\n\x0btraining_id\x18\x01 \x01(\tR\ntrainingId\x12%\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04R\rafterSequence\"I\n\x15WatchTrainingResponse\x12\x30\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1a.unslothd.v1.TrainingEventR\x05\x65vent\"a\n\x15\x43\x61ncelTrainingRequest\x12\x1f\n\x0btraining_id\x18\x01 \x01(\tR\ntrainingId\x12\'\n\x0fsave_checkpoint\x18\x02 \x01(\x08R\x0esaveCheckpoint\"\x18\n\x16\x43\x61ncelTrainingResponse\"I\n\x0fGenerateRequest\x12\x36\n\x07request\x18\x01 \x01(\x0b\x32\x1c.unslothd.v1.GenerateRequestR\x07request\"j\n\x10GenerateResponse\x12\x14\n\x04text\x18\x01 \x01(\tH\x00R\x04text\x12\x38\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.unslothd.v1.GenerateSummaryH\x00R\x07summaryB\x06\n\x04part\"7\n\x14PauseTrainingRequest\x12\x1f\n\x0btraining_id\x18\x01 \x01(\tR\ntrainingId\"\x17\n\x15PauseTrainingResponse\"\x98\x01\n\x13PlanTrainingRequest\x12\x44\n\x08training\x18\x01 \x01(\x0b\x32(.unslothd.worker.v1.StartTrainingRequestR\x08training\x12\x18\n\x07measure\x18\x02 \x01(\x08R\x07measure\x12!\n\x0cpreview_rows\x18\x03 \x01(\x05R\x0bpreviewRows\"E\n\x14PlanTrainingResponse\x12-\n\x04plan\x18\x01 \x01(\x0b\x32\x19.unslothd.v1.TrainingPlanR\x04plan\"\x93\x01\n\x12\x45xportModelRequest\x12\x31\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.unslothd.v1.ExportFormatR\x06\x66ormat\x12+\n\x11gguf_quantization\x18\x02 \x01(\tR\x10ggufQuantization\x12\x1d\n\noutput_dir\x18\x03 \x01(\tR\toutputDir\"\x8f\x01\n\x13\x45xportModelResponse\x12\x39\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.unslothd.v1.ExportProgressH\x00R\x08progress\x12\x33\n\x08\x61rtifact\x18\x02 \x01(\x0b\x32\x15.unslothd.v1.ArtifactH\x00R\x08\x61rtifactB\x08\n\x06result\":\n\x0fShutdownRequest\x12\'\n\x0fsave_checkpoint\x18\x01 \x01(\x08R\x0esaveCheckpoint\"\x12\n\x10ShutdownResponse2\xa6\t\n\rWorkerService\x12X\n\tGetStatus\x12$.unslothd.worker.v1.GetStatusRequest\x1a%.unslothd.worker.v1.GetStatusResponse\x12X\n\tTakeModel\x12$.unslothd.worker.v1.TakeModelRequest\x1a%.unslothd.worker.v1.TakeModelResponse\x12Z\n\tLoadModel\x12$.unslothd.worker.v1.LoadModelRequest\x1a%.unslothd.worker.v1.LoadModelResponse0\x01\x12s\n\x12PrepareForTraining\x12-.unslothd.worker.v1.PrepareForTrainingRequest\x1a..unslothd.worker.v1.PrepareForTrainingResponse\x12\x64\n\rStartTraining\x12(.unslothd.worker.v1.StartTrainingRequest\x1a).unslothd.worker.v1.StartTrainingResponse\x12\x66\n\rWatchTraining\x12(.unslothd.worker.v1.WatchTrainingRequest\x1a).unslothd.worker.v1.WatchTrainingResponse0\x01\x12g\n\x0e\x43\x61ncelTraining\x12).unslothd.worker.v1.CancelTrainingRequest\x1a*.unslothd.worker.v1.CancelTrainingResponse\x12\x64\n\rPauseTraining\x12(.unslothd.worker.v1.PauseTrainingRequest\x1a).unslothd.worker.v1.PauseTrainingResponse\x12\x61\n\x0cPlanTraining\x12\'.unslothd.worker.v1.PlanTrainingRequest\x1a(.unslothd.worker.v1.PlanTrainingResponse\x12`\n\x0b\x45xportModel\x12&.unslothd.worker.v1.ExportModelRequest\x1a\'.unslothd.worker.v1.ExportModelResponse0\x01\x12W\n\x08Generate\x12#.unslothd.worker.v1.GenerateRequest\x1a$.unslothd.worker.v1.GenerateResponse0\x01\x12U\n\x08Shutdown\x12#.unslothd.worker.v1.ShutdownRequest\x1a$.unslothd.worker.v1.ShutdownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,50 +41,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LOADMODELREQUEST'].fields_by_name['token']._loaded_options = None
   _globals['_LOADMODELREQUEST'].fields_by_name['token']._serialized_options = b'\200\001\001'
-  _globals['_GETSTATUSREQUEST']._serialized_start=262
-  _globals['_GETSTATUSREQUEST']._serialized_end=280
-  _globals['_GETSTATUSRESPONSE']._serialized_start=283
-  _globals['_GETSTATUSRESPONSE']._serialized_end=527
-  _globals['_LOADMODELREQUEST']._serialized_start=530
-  _globals['_LOADMODELREQUEST']._serialized_end=835
-  _globals['_LOADMODELRESPONSE']._serialized_start=838
-  _globals['_LOADMODELRESPONSE']._serialized_end=968
-  _globals['_PREPAREFORTRAININGREQUEST']._serialized_start=971
-  _globals['_PREPAREFORTRAININGREQUEST']._serialized_end=1160
-  _globals['_PREPAREFORTRAININGRESPONSE']._serialized_start=1162
-  _globals['_PREPAREFORTRAININGRESPONSE']._serialized_end=1232
-  _globals['_STARTTRAININGREQUEST']._serialized_start=1235
-  _globals['_STARTTRAININGREQUEST']._serialized_end=1719
-  _globals['_STARTTRAININGRESPONSE']._serialized_start=1721
-  _globals['_STARTTRAININGRESPONSE']._serialized_end=1744
-  _globals['_WATCHTRAININGREQUEST']._serialized_start=1746
-  _globals['_WATCHTRAININGREQUEST']._serialized_end=1840
-  _globals['_WATCHTRAININGRESPONSE']._serialized_start=1842
-  _globals['_WATCHTRAININGRESPONSE']._serialized_end=1915
-  _globals['_CANCELTRAININGREQUEST']._serialized_start=1917
-  _globals['_CANCELTRAININGREQUEST']._serialized_end=2014
-  _globals['_CANCELTRAININGRESPONSE']._serialized_start=2016
-  _globals['_CANCELTRAININGRESPONSE']._serialized_end=2040
-  _globals['_GENERATEREQUEST']._serialized_start=2042
-  _globals['_GENERATEREQUEST']._serialized_end=2115
-  _globals['_GENERATERESPONSE']._serialized_start=2117
-  _globals['_GENERATERESPONSE']._serialized_end=2223
-  _globals['_PAUSETRAININGREQUEST']._serialized_start=2225
-  _globals['_PAUSETRAININGREQUEST']._serialized_end=2280
-  _globals['_PAUSETRAININGRESPONSE']._serialized_start=2282
-  _globals['_PAUSETRAININGRESPONSE']._serialized_end=2305
-  _globals['_PLANTRAININGREQUEST']._serialized_start=2308
-  _globals['_PLANTRAININGREQUEST']._serialized_end=2460
-  _globals['_PLANTRAININGRESPONSE']._serialized_start=2462
-  _globals['_PLANTRAININGRESPONSE']._serialized_end=2531
-  _globals['_EXPORTMODELREQUEST']._serialized_start=2534
-  _globals['_EXPORTMODELREQUEST']._serialized_end=2681
-  _globals['_EXPORTMODELRESPONSE']._serialized_start=2684
-  _globals['_EXPORTMODELRESPONSE']._serialized_end=2827
-  _globals['_SHUTDOWNREQUEST']._serialized_start=2829
-  _globals['_SHUTDOWNREQUEST']._serialized_end=2887
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=2889
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=2907
-  _globals['_WORKERSERVICE']._serialized_start=2910
-  _globals['_WORKERSERVICE']._serialized_end=4010
+  _globals['_GETSTATUSREQUEST']._serialized_start=298
+  _globals['_GETSTATUSREQUEST']._serialized_end=353
+  _globals['_GETSTATUSRESPONSE']._serialized_start=356
+  _globals['_GETSTATUSRESPONSE']._serialized_end=600
+  _globals['_TAKEMODELREQUEST']._serialized_start=602
+  _globals['_TAKEMODELREQUEST']._serialized_end=687
+  _globals['_TAKEMODELRESPONSE']._serialized_start=689
+  _globals['_TAKEMODELRESPONSE']._serialized_end=708
+  _globals['_LOADMODELREQUEST']._serialized_start=711
+  _globals['_LOADMODELREQUEST']._serialized_end=1016
+  _globals['_LOADMODELRESPONSE']._serialized_start=1019
+  _globals['_LOADMODELRESPONSE']._serialized_end=1149
+  _globals['_PREPAREFORTRAININGREQUEST']._serialized_start=1152
+  _globals['_PREPAREFORTRAININGREQUEST']._serialized_end=1341
+  _globals['_PREPAREFORTRAININGRESPONSE']._serialized_start=1343
+  _globals['_PREPAREFORTRAININGRESPONSE']._serialized_end=1413
+  _globals['_STARTTRAININGREQUEST']._serialized_start=1416
+  _globals['_STARTTRAININGREQUEST']._serialized_end=1900
+  _globals['_STARTTRAININGRESPONSE']._serialized_start=1902
+  _globals['_STARTTRAININGRESPONSE']._serialized_end=1925
+  _globals['_WATCHTRAININGREQUEST']._serialized_start=1927
+  _globals['_WATCHTRAININGREQUEST']._serialized_end=2021
+  _globals['_WATCHTRAININGRESPONSE']._serialized_start=2023
+  _globals['_WATCHTRAININGRESPONSE']._serialized_end=2096
+  _globals['_CANCELTRAININGREQUEST']._serialized_start=2098
+  _globals['_CANCELTRAININGREQUEST']._serialized_end=2195
+  _globals['_CANCELTRAININGRESPONSE']._serialized_start=2197
+  _globals['_CANCELTRAININGRESPONSE']._serialized_end=2221
+  _globals['_GENERATEREQUEST']._serialized_start=2223
+  _globals['_GENERATEREQUEST']._serialized_end=2296
+  _globals['_GENERATERESPONSE']._serialized_start=2298
+  _globals['_GENERATERESPONSE']._serialized_end=2404
+  _globals['_PAUSETRAININGREQUEST']._serialized_start=2406
+  _globals['_PAUSETRAININGREQUEST']._serialized_end=2461
+  _globals['_PAUSETRAININGRESPONSE']._serialized_start=2463
+  _globals['_PAUSETRAININGRESPONSE']._serialized_end=2486
+  _globals['_PLANTRAININGREQUEST']._serialized_start=2489
+  _globals['_PLANTRAININGREQUEST']._serialized_end=2641
+  _globals['_PLANTRAININGRESPONSE']._serialized_start=2643
+  _globals['_PLANTRAININGRESPONSE']._serialized_end=2712
+  _globals['_EXPORTMODELREQUEST']._serialized_start=2715
+  _globals['_EXPORTMODELREQUEST']._serialized_end=2862
+  _globals['_EXPORTMODELRESPONSE']._serialized_start=2865
+  _globals['_EXPORTMODELRESPONSE']._serialized_end=3008
+  _globals['_SHUTDOWNREQUEST']._serialized_start=3010
+  _globals['_SHUTDOWNREQUEST']._serialized_end=3068
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=3070
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=3088
+  _globals['_WORKERSERVICE']._serialized_start=3091
+  _globals['_WORKERSERVICE']._serialized_end=4281
 # @@protoc_insertion_point(module_scope)

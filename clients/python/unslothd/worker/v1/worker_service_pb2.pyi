@@ -14,6 +14,7 @@ from unslothd.v1 import model_pb2 as _model_pb2
 from unslothd.v1 import service_pb2 as _service_pb2
 from unslothd.v1 import training_event_pb2 as _training_event_pb2
 from unslothd.v1 import training_pb2 as _training_pb2
+from unslothd.worker.v1 import bootstrap_pb2 as _bootstrap_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -31,12 +32,17 @@ class GetStatusRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    WHEN_IMPORTED_FIELD_NUMBER: _builtins.int
+    when_imported: _builtins.bool
+    """Answer once the heavy import is done, not at once."""
     def __init__(
         self,
+        *,
+        when_imported: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["when_imported", b"when_imported"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -85,6 +91,47 @@ class GetStatusResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class TakeModelRequest(_message.Message):
+    """Asks a spare to become the worker of a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOOTSTRAP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def bootstrap(self) -> _bootstrap_pb2.WorkerBootstrap:
+        """The whole bootstrap, now with a model; it stands in the worker's folder already."""
+
+    def __init__(
+        self,
+        *,
+        bootstrap: _bootstrap_pb2.WorkerBootstrap | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bootstrap", b"bootstrap"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bootstrap", b"bootstrap"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeModelRequest: _TypeAlias = TakeModelRequest  # noqa: Y015
+
+@_typing.final
+class TakeModelResponse(_message.Message):
+    """It is the worker of that model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeModelResponse: _TypeAlias = TakeModelResponse  # noqa: Y015
 
 @_typing.final
 class LoadModelRequest(_message.Message):

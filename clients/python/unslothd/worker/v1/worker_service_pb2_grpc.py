@@ -40,6 +40,11 @@ class WorkerServiceStub(object):
                 request_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.TakeModel = channel.unary_unary(
+                '/unslothd.worker.v1.WorkerService/TakeModel',
+                request_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.TakeModelRequest.SerializeToString,
+                response_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.TakeModelResponse.FromString,
+                _registered_method=True)
         self.LoadModel = channel.unary_stream(
                 '/unslothd.worker.v1.WorkerService/LoadModel',
                 request_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.LoadModelRequest.SerializeToString,
@@ -98,6 +103,14 @@ class WorkerServiceServicer(object):
 
     def GetStatus(self, request, context):
         """What the worker is doing. Answers while it imports, loads or trains.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeModel(self, request, context):
+        """Makes a spare the worker of a model: tells it what its bootstrap left open. Once in a worker's life, before
+        LoadModel; an equal call may come again. FAILED_PRECONDITION (MODEL_NOT_READY) when it has another model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -182,6 +195,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.GetStatusRequest.FromString,
                     response_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.GetStatusResponse.SerializeToString,
             ),
+            'TakeModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeModel,
+                    request_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.TakeModelRequest.FromString,
+                    response_serializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.TakeModelResponse.SerializeToString,
+            ),
             'LoadModel': grpc.unary_stream_rpc_method_handler(
                     servicer.LoadModel,
                     request_deserializer=unslothd_dot_worker_dot_v1_dot_worker__service__pb2.LoadModelRequest.FromString,
@@ -261,6 +279,33 @@ class WorkerService(object):
             '/unslothd.worker.v1.WorkerService/GetStatus',
             unslothd_dot_worker_dot_v1_dot_worker__service__pb2.GetStatusRequest.SerializeToString,
             unslothd_dot_worker_dot_v1_dot_worker__service__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unslothd.worker.v1.WorkerService/TakeModel',
+            unslothd_dot_worker_dot_v1_dot_worker__service__pb2.TakeModelRequest.SerializeToString,
+            unslothd_dot_worker_dot_v1_dot_worker__service__pb2.TakeModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

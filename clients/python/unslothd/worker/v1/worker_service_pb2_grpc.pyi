@@ -35,6 +35,10 @@ class WorkerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> WorkerServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.GetStatusRequest, _worker_service_pb2.GetStatusResponse]
     """What the worker is doing. Answers while it imports, loads or trains."""
+    TakeModel: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.TakeModelRequest, _worker_service_pb2.TakeModelResponse]
+    """Makes a spare the worker of a model: tells it what its bootstrap left open. Once in a worker's life, before
+    LoadModel; an equal call may come again. FAILED_PRECONDITION (MODEL_NOT_READY) when it has another model.
+    """
     LoadModel: _grpc.UnaryStreamMultiCallable[_worker_service_pb2.LoadModelRequest, _worker_service_pb2.LoadModelResponse]
     """Loads the model. Once in a worker's life."""
     PrepareForTraining: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.PrepareForTrainingRequest, _worker_service_pb2.PrepareForTrainingResponse]
@@ -65,6 +69,10 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.GetStatusRequest, _worker_service_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What the worker is doing. Answers while it imports, loads or trains."""
+    TakeModel: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.TakeModelRequest, _worker_service_pb2.TakeModelResponse]  # type: ignore[assignment]
+    """Makes a spare the worker of a model: tells it what its bootstrap left open. Once in a worker's life, before
+    LoadModel; an equal call may come again. FAILED_PRECONDITION (MODEL_NOT_READY) when it has another model.
+    """
     LoadModel: _aio.UnaryStreamMultiCallable[_worker_service_pb2.LoadModelRequest, _worker_service_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Loads the model. Once in a worker's life."""
     PrepareForTraining: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.PrepareForTrainingRequest, _worker_service_pb2.PrepareForTrainingResponse]  # type: ignore[assignment]
@@ -98,6 +106,16 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.GetStatusResponse, _abc.Awaitable[_worker_service_pb2.GetStatusResponse]]:
         """What the worker is doing. Answers while it imports, loads or trains."""
+
+    @_abc_1.abstractmethod
+    def TakeModel(
+        self,
+        request: _worker_service_pb2.TakeModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_service_pb2.TakeModelResponse, _abc.Awaitable[_worker_service_pb2.TakeModelResponse]]:
+        """Makes a spare the worker of a model: tells it what its bootstrap left open. Once in a worker's life, before
+        LoadModel; an equal call may come again. FAILED_PRECONDITION (MODEL_NOT_READY) when it has another model.
+        """
 
     @_abc_1.abstractmethod
     def LoadModel(

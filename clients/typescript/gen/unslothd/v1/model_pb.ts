@@ -256,7 +256,8 @@ export const LoadProgressSchema: GenMessage<LoadProgress> = /*@__PURE__*/
   messageDesc(file_unslothd_v1_model, 1);
 
 /**
- * What the load is doing. Phases come in this order; DOWNLOADING is skipped for local files.
+ * What the load is doing. Phases come in this order; STARTING_WORKER is skipped where a warm worker stands ready,
+ * DOWNLOADING for local files.
  *
  * @generated from enum unslothd.v1.LoadProgress.Phase
  */

@@ -1,0 +1,39 @@
+"""A spare worker on a GPU host: it holds nothing of the device before it has a model, and its load has no import."""
+
+import time
+
+import pytest
+
+from support.calls import CALL_SECONDS
+from support.running_server import RunningServer
+from unslothd.v1 import service_pb2 as pb
+from unslothd.v1.model_pb2 import LoadProgress
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+IMPORT_SECONDS = 300
+# Another process's context would be hundreds of MB; the driver's own bookkeeping moves by less.
+NOTHING_BYTES = 64 * 1024 * 1024
+
+
+def test_a_spare_has_no_device_memory_and_its_load_no_import(server: RunningServer, tmp_path_factory):
+    arguments = ("--model-root", str(server.model_root), "--warm-workers", "1")
+    with RunningServer(tmp_path_factory.mktemp("warm"), arguments=arguments) as warm:
+        stub = warm.stub()
+
+        def info() -> pb.GetServerInfoResponse:
+            return stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=CALL_SECONDS)
+
+        before = info().devices[0].free_memory_bytes
+        end = time.monotonic() + IMPORT_SECONDS
+        while not info().warm_workers:
+            assert time.monotonic() < end, "the spare did not become ready"
+            time.sleep(0.2)
+        assert before - info().devices[0].free_memory_bytes < NOTHING_BYTES
+
+        request = pb.LoadModelRequest(model_name="llama-1b", max_seq_length=512)
+        began = time.monotonic()
+        responses = list(stub.LoadModel(request, timeout=CALL_SECONDS))
+        print(f"warm LoadModel: {time.monotonic() - began:.2f} s")
+        assert {response.progress.phase for response in responses[:-1]} == {LoadProgress.PHASE_LOADING_WEIGHTS}
+        assert responses[-1].model.device.startswith("cuda")
