@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # imported where it is used: 9 MB that a server without TLS d
 log = structlog.get_logger()
 
 _BAD_KEY_MODES = stat.S_IRWXO | stat.S_IWGRP
-_SOON_DAYS = 14
+SOON_DAYS = 14
 
 
 class CertificateProblem(ValueError):
@@ -60,6 +60,11 @@ def read_content(files: TlsFiles) -> TlsContent:
 def check_certificate(path: Path) -> None:
     """Raises CertificateProblem for a file whose first certificate is not good now."""
     _certificate(path, _read(path))
+
+
+def days_left(path: Path) -> int:
+    """Whole days until a file's first certificate expires. Raises CertificateProblem as check_certificate."""
+    return (_certificate(path, _read(path)).not_valid_after_utc - datetime.now(UTC)).days
 
 
 def check_key(path: Path) -> None:
@@ -148,7 +153,7 @@ class ServedCertificate:
     def _warn_when_soon_over(self) -> None:
         end = _certificate(self._files.cert, self.content.cert).not_valid_after_utc
         days = (end - datetime.now(UTC)).days
-        if days < _SOON_DAYS:
+        if days < SOON_DAYS:
             log.warning("the server's certificate expires soon; renew it", cert=str(self._files.cert), days=days)
 
 

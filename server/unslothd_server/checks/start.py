@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 from typing import cast
 
+from unslothd_server.checks.access import access_findings
 from unslothd_server.checks.finding import Finding, Level, count, lines, ok, problem, warning
 from unslothd_server.config import Settings, split_address
 from unslothd_server.home_lock import holder_of
@@ -32,6 +33,7 @@ def start_findings(settings: Settings) -> list[Finding]:
         state_finding(settings.home),
         *folder_findings(settings),
         *port_findings(settings),
+        *access_findings(settings),
         *model_root_findings(settings),
     ]
 
