@@ -31,6 +31,8 @@ _INTERNALS = re.compile(
     r"|IsADirectory|NotADirectory|JSONDecode|Memory|Overflow|Zero\w+|Timeout)Error\b"
 )
 _LOG_TAIL = "Last lines of its log:"
+# What grpc.aio itself says when the server has answered before the last message of a stream was written.
+_OF_THE_CLIENT = "Internal error from Core"
 _HUGE_UNTIL = 2000  # later they would hide in their own waves whether memory grows
 _HOSTILE_SIZE = 11 * 1024 * 1024  # beyond the limit that GetServerInfo tells
 
@@ -180,7 +182,8 @@ class Caller:
         outcome.code = error.code().name
         details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
         if details is None:
-            if outcome.code == "DEADLINE_EXCEEDED" and call.seconds < ANSWER_SECONDS:
+            late = outcome.code == "DEADLINE_EXCEEDED" and call.seconds < ANSWER_SECONDS
+            if late or error.details() == _OF_THE_CLIENT:
                 outcome.code = "dropped"
             else:
                 outcome.problems.append(f"{outcome.code} without ErrorInfo: {error.details()}")
