@@ -19,10 +19,12 @@ from support.running_server import RunningServer
 from support.tiny_model import build_tiny_llama
 
 WAIT_SECONDS = 300.0
-STEPS = 120
+# A server is away for a second or two, in which its workers train on: steps have to be slow, and there have to be many,
+# or most kills would come after the end.
+STEPS_A_KILL = 10
 ROWS = [
-    {"text": f"The quick brown fox number {number} jumps over {'many ' * (number % 5)}lazy dogs."}
-    for number in range(40)
+    {"text": f"The quick brown fox number {number} jumps over {'many ' * (number % 50)}lazy dogs."}
+    for number in range(200)
 ]
 
 
@@ -58,8 +60,8 @@ class Report:
 
     Args:
         seed: Of the training.
-        server_kills: Done.
-        worker_kills: Done.
+        server_kills: Done while it ran.
+        worker_kills: Done while it ran.
         events: In its log.
         recoveries: In its log.
         seconds: From Train to the end.
@@ -79,8 +81,15 @@ def plan_kills(random_source: random.Random, server_kills: int, worker_kills: in
     """Draws at which steps who is killed."""
     victims = ["server"] * server_kills + ["worker"] * worker_kills
     random_source.shuffle(victims)
-    steps = sorted(random_source.sample(range(1, STEPS - 1), len(victims)))
+    # None in the last steps, which might be over while a server is away.
+    last = steps_for(server_kills, worker_kills) - 2 * STEPS_A_KILL
+    steps = sorted(random_source.sample(range(1, last), len(victims)))
     return [Kill(step, victim) for step, victim in zip(steps, victims, strict=True)]
+
+
+def steps_for(server_kills: int, worker_kills: int) -> int:
+    """Optimizer steps of a training with so many kills."""
+    return STEPS_A_KILL * (server_kills + worker_kills + 4)
 
 
 class Arena:
@@ -135,7 +144,7 @@ class Arena:
 
     # --- trainings ---
 
-    def run(self, seed: int, kills: list[Kill]) -> tuple[Report, Outcome | None]:
+    def run(self, seed: int, steps: int, kills: list[Kill]) -> tuple[Report, Outcome | None]:
         """Trains, kills on the way, and checks what must hold whatever was killed."""
         report = Report(seed)
         began = time.monotonic()
@@ -146,11 +155,11 @@ class Arena:
                 model,
                 ROWS,
                 ROWS[:3],
-                max_steps=STEPS,
+                max_steps=steps,
                 warmup_steps=2,
                 learning_rate=5e-3,
-                batch_size=2,
-                gradient_accumulation_steps=1,
+                batch_size=4,
+                gradient_accumulation_steps=4,
                 save_steps=7,
                 save_total_limit=3,
                 eval_steps=50,
@@ -158,12 +167,13 @@ class Arena:
             watcher = _Watcher(run)
             watcher.start()
             for kill in kills:
-                watcher.wait_for_step(kill.step)
-                self._carry_out(kill, report)
+                if watcher.wait_for_step(kill.step):
+                    self._carry_out(kill, report)
+                    watcher.forget_steps()  # the next one is killed at work, not while it comes back
             all_along = watcher.finish()
             report.seconds = time.monotonic() - began
             late = list(client.watch(run.training_id))
-            outcome = _check(report, all_along, late)
+            outcome = _check(report, steps, all_along, late)
             client.unload_model(model)
         return report, outcome
 
@@ -200,10 +210,17 @@ class _Watcher(threading.Thread):
             self._over = True
             self._moved.notify_all()
 
-    def wait_for_step(self, step: int) -> None:
+    def forget_steps(self) -> None:
+        """Only steps that are seen from now on count."""
+        with self._moved:
+            self._furthest = 0
+
+    def wait_for_step(self, step: int) -> bool:
+        """Returns once the step or a later one was seen; False when the training is over."""
         with self._moved:
             if not self._moved.wait_for(lambda: self._furthest >= step or self._over, WAIT_SECONDS):
                 raise TimeoutError(f"step {step} did not come; the last was {self._furthest}")
+            return not self._over
 
     def finish(self) -> list[unslothd.TrainingEvent]:
         self.join(WAIT_SECONDS)
@@ -215,20 +232,22 @@ class _Watcher(threading.Thread):
 
 
 def _check(
-    report: Report, all_along: list[unslothd.TrainingEvent], late: list[unslothd.TrainingEvent]
+    report: Report, steps: int, all_along: list[unslothd.TrainingEvent], late: list[unslothd.TrainingEvent]
 ) -> Outcome | None:
     report.events = len(late)
     report.recoveries = sum(event.HasField("recovery") for event in late)
     for who, events in (("all along", all_along), ("late", late)):
         if [event.sequence for event in events] != list(range(1, len(events) + 1)):
             report.problems.append(f"the watcher that came {who} did not see 1 to {len(events)} once each")
+    if report.recoveries != report.worker_kills:
+        report.problems.append(f"{report.worker_kills} killed workers, but {report.recoveries} recoveries in the log")
     if all_along != late:
         report.problems.append("the two watchers saw different events")
     if not late[-1].HasField("succeeded"):
         report.problems.append(f"it ended with {late[-1].WhichOneof('kind')}")
         return None
     by_step = {event.step.step: event.step.loss for event in late if event.HasField("step")}
-    if sorted(by_step) != list(range(1, STEPS + 1)):
+    if sorted(by_step) != list(range(1, steps + 1)):
         report.problems.append("steps are missing")
     weights = Path(late[-1].succeeded.output_dir) / "adapter_model.safetensors"
     return Outcome(tuple(by_step[step] for step in sorted(by_step)), hashlib.sha256(weights.read_bytes()).hexdigest())
@@ -248,14 +267,15 @@ def campaign(
         seeds: Different seeds of trainings, each with one unbroken run.
     """
     random_source = random.Random(seed)
+    steps = steps_for(server_kills, worker_kills)
     arena = Arena(folder)
     unbroken: dict[int, Outcome | None] = {}
     try:
         for number in range(trainings):
             training_seed = 100 + number % seeds
             if training_seed not in unbroken:
-                _, unbroken[training_seed] = arena.run(training_seed, [])
-            report, outcome = arena.run(training_seed, plan_kills(random_source, server_kills, worker_kills))
+                _, unbroken[training_seed] = arena.run(training_seed, steps, [])
+            report, outcome = arena.run(training_seed, steps, plan_kills(random_source, server_kills, worker_kills))
             expected = unbroken[training_seed]
             if outcome is not None and expected is not None:
                 if outcome.losses != expected.losses:

@@ -51,7 +51,7 @@ def tune(trainer: Any, loaded: LoadedModel, check: Callable[[], None], *, may_pr
     if not probe.possible:
         return None
     # The optimizer makes its states in the first step.
-    states = footprint(trainer).fixed
+    states = footprint(trainer).states
     probe.free()
     held, free = memory_bytes(), reports.free_memory(trainer.model)
     room = int(free - states - max(MARGIN_BYTES, MARGIN_SHARE * free))

@@ -98,6 +98,7 @@ def figures(plan: unslothd.TrainingPlan) -> dict[str, str]:
         "loss": f"on {texts.number(plan.loss_tokens)} of them ({part})",
         "steps": texts.number(plan.total_steps),
         "trained": f"{texts.number(plan.trainable_params)} parameters",
+        "passes": texts.passes(plan.passes) if plan.HasField("passes") else "",
         "memory": _memory(plan),
         "speed": _speed(plan),
         "config": _config(plan),
@@ -121,8 +122,9 @@ def _memory(plan: unslothd.TrainingPlan) -> str:
 def _speed(plan: unslothd.TrainingPlan) -> str:
     if not plan.HasField("step_seconds"):
         return ""
+    rows, bound = ("typical rows", "about") if plan.HasField("passes") else ("the longest rows", "at most")
     return (
-        f"{texts.number(plan.tokens_per_second)} tok/s, {plan.step_seconds:.3g} s a step of the longest rows: at most "
+        f"{texts.number(plan.tokens_per_second)} tok/s, {plan.step_seconds:.3g} s a step of {rows}: {bound} "
         f"{texts.duration(plan.step_seconds * plan.total_steps)} in all"
     )
 

@@ -110,7 +110,19 @@ def _started(started: training_event_pb2.TrainingStarted) -> str:
         f"{how} on {started.device} with {started.engine}: {number(plan.num_rows)} rows, "
         f"{number(plan.num_tokens)} tokens, {number(plan.total_steps)} steps, "
         f"{number(plan.trainable_params)} trainable parameters"
+        + (f"\npasses: {passes(plan.passes)}" if plan.HasField("passes") else "")
         + (f"\ncurves: tensorboard --logdir {started.tensorboard_dir}" if started.tensorboard_dir else "")
+    )
+
+
+def passes(choice: training_pb2.PassChoice) -> str:
+    """Returns in words how tuned steps are split."""
+    layout = "joined without padding" if choice.joined else "padded"
+    kept = "recomputed" if choice.use_gradient_checkpointing else "kept"
+    how = "as measured before" if choice.remembered else f"measured in {duration(choice.probe_seconds)}"
+    return (
+        f"up to {number(choice.max_tokens)} tokens, {layout}, activations {kept}: about {choice.step_seconds:.3g} s a "
+        f"step, {number(choice.tokens_per_second)} tok/s ({how})"
     )
 
 
