@@ -24,7 +24,8 @@ _SECRET_PARTS = frozenset(
     {"TOKEN", "TOKENS", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
 )
 _SECRET_ENDINGS = ("_KEY", "_API_KEY", "_AUTH")
-_OWN_PREFIX = "UNSLOTHD_"  # the server's own settings, which may hold tokens
+# The server's own settings, which may hold tokens, and where it sends traces, with the headers for that.
+_OWN_PREFIXES = ("UNSLOTHD_", "OTEL_")
 _ALWAYS = {
     "UNSLOTH_AUTO_INSTALL": "0",  # Unsloth's GGUF export would clone, pip-install and apt-install
     "GRPC_ENABLE_FORK_SUPPORT": "0",  # forks by datasets or a DataLoader would crash or hang
@@ -64,7 +65,7 @@ def _is_needed(name: str) -> bool:
 def _is_secret(name: str) -> bool:
     upper = name.upper()
     return (
-        upper.startswith(_OWN_PREFIX)
+        upper.startswith(_OWN_PREFIXES)
         or not _SECRET_PARTS.isdisjoint(upper.split("_"))
         or upper.endswith(_SECRET_ENDINGS)
     )

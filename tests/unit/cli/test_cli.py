@@ -60,6 +60,7 @@ def test_the_commands_are_these():
         "tokens create",
         "tokens list",
         "tokens revoke",
+        "top",
         "train",
         "trainings checkpoints",
         "trainings get",

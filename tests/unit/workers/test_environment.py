@@ -19,6 +19,7 @@ from unslothd_server.workers.environment import worker_environment
         "GOOGLE_APPLICATION_CREDENTIALS",
         "UNSLOTHD_TOKENS",
         "UNSLOTHD_HOME",
+        "OTEL_EXPORTER_OTLP_HEADERS",
         "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION",
         "hf_token",
         "SOMETHING_NOBODY_THOUGHT_OF",
