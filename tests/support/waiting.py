@@ -7,9 +7,9 @@ WAIT_SECONDS = 30.0
 _LOOK_SECONDS = 0.01
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Returns once the condition holds; fails after WAIT_SECONDS."""
-    end = time.monotonic() + WAIT_SECONDS
+def wait_until(condition: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:
+    """Returns once the condition holds; fails after so many seconds."""
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(_LOOK_SECONDS)
