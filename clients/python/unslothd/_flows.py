@@ -17,6 +17,9 @@ from unslothd import errors
 from unslothd._retry import Retry
 from unslothd.v1 import dataset_pb2, generation_pb2, model_pb2, service_pb2, training_event_pb2, training_pb2
 
+# A long log comes many events at a time; whoever keeps up gets each as it happens.
+EVENTS_A_RESPONSE = 200
+
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -194,7 +197,9 @@ def watch(cursor: Cursor, retry: Retry, timeout: float | None) -> Flow[training_
     The end of the stream decides, not a terminal event: ResumeTraining may have brought the training back.
     """
     while True:
-        request = service_pb2.WatchTrainingRequest(training_id=cursor.training_id, after_sequence=cursor.sequence)
+        request = service_pb2.WatchTrainingRequest(
+            training_id=cursor.training_id, after_sequence=cursor.sequence, max_events=EVENTS_A_RESPONSE
+        )
         yield OpenStream("WatchTraining", request)
         lost = yield from _read(cursor, retry)
         if lost is not None and lost.code is grpc.StatusCode.OK:
@@ -216,17 +221,17 @@ def _read(cursor: Cursor, retry: Retry) -> Flow[training_event_pb2.TrainingEvent
     """Emits what is new in the open stream; returns why it is to be taken up again, or None when the log ends there."""
     try:
         while (message := (yield Next())) is not None:
-            event: training_event_pb2.TrainingEvent = message.event
-            if event.sequence > cursor.sequence + 1:
-                yield CloseStream()
-                return _gap(cursor, event.sequence)
-            if 0 < event.sequence <= cursor.sequence:
-                continue  # seen before the connection was lost
-            retry.progress()
-            if event.sequence == 0:
-                continue  # a heartbeat
-            cursor.take(event)
-            yield Emit(event)
+            for event in _events(message):
+                if event.sequence > cursor.sequence + 1:
+                    yield CloseStream()
+                    return _gap(cursor, event.sequence)
+                if 0 < event.sequence <= cursor.sequence:
+                    continue  # seen before the connection was lost
+                retry.progress()
+                if event.sequence == 0:
+                    continue  # a heartbeat
+                cursor.take(event)
+                yield Emit(event)
     except errors.UnslothdError as error:
         if connection_lost(error):
             return None if cursor.succeeded else error
@@ -234,6 +239,14 @@ def _read(cursor: Cursor, retry: Retry) -> Flow[training_event_pb2.TrainingEvent
             raise
         return None  # Train ends with the training's own error, which its last event has told
     return None if cursor.outcome is not None else ended_early("the event stream")
+
+
+def _events(
+    message: service_pb2.TrainResponse | service_pb2.WatchTrainingResponse,
+) -> Iterable[training_event_pb2.TrainingEvent]:
+    """The events of a response; an older server sends one at a time."""
+    several = message.events if isinstance(message, service_pb2.WatchTrainingResponse) else ()
+    return several or (message.event,)
 
 
 def _wait(cursor: Cursor, retry: Retry, lost: errors.UnslothdError) -> Flow[Any, bool]:

@@ -1,7 +1,7 @@
 """The events of one training for any number of watchers: recent ones from memory, older ones from the log file."""
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +18,10 @@ from unslothd_server.event_log import EventLogReader
 _FRAMES_IN_MEMORY = 4096
 # Frames handed to a watcher at a time, so that one far behind does not hold up the others.
 _FRAMES_A_READ = 256
+# A response of several events is not larger than this, unless one event is.
+_MOST_RESPONSE_BYTES = 256 * 1024
+# First byte of an element of WatchTrainingResponse.events; a frame has that of `event` there.
+_EVENTS_TAG = b"\x12"
 
 
 class EventFeed:
@@ -51,12 +55,13 @@ class EventFeed:
         self._interruption = error
         self._changed.notify()
 
-    async def follow(self, after_sequence: int, heartbeat_seconds: float) -> AsyncIterator[bytes]:
-        """Yields encoded WatchTrainingResponse frames (TrainResponse has the same encoding), then ends.
+    async def follow(self, after_sequence: int, heartbeat_seconds: float, max_events: int = 1) -> AsyncIterator[bytes]:
+        """Yields encoded WatchTrainingResponses (TrainResponse has the same encoding for one event), then ends.
 
         Args:
             after_sequence: Last sequence that the watcher has.
             heartbeat_seconds: Silence after which a heartbeat is sent.
+            max_events: Most events of a response.
 
         Raises:
             OutOfRangeError: after_sequence is beyond the log.
@@ -70,25 +75,25 @@ class EventFeed:
             )
         self.watchers += 1
         try:
-            async for frame in self._from(after_sequence, heartbeat_seconds):
-                yield frame
+            async for frames in self._from(after_sequence, heartbeat_seconds):
+                for response in frames if max_events <= 1 else _joined(frames, max_events):
+                    yield response
         finally:
             self.watchers -= 1
 
-    async def _from(self, position: int, heartbeat_seconds: float) -> AsyncIterator[bytes]:
+    async def _from(self, position: int, heartbeat_seconds: float) -> AsyncIterator[list[bytes]]:
         while True:
             frames = self._read(position)
-            for frame in frames:
-                yield frame
-            position += len(frames)
             if frames:
+                yield frames
+                position += len(frames)
                 continue
             if is_final(self._training):
                 return
             if self._interruption is not None:
                 raise _at(position, self._interruption)
             if not await self._changed.wait(heartbeat_seconds):
-                yield self._heartbeat()
+                yield [self._heartbeat()]
 
     def _read(self, position: int) -> list[bytes]:
         """Frames after a position; empty when the watcher has all."""
@@ -105,6 +110,19 @@ class EventFeed:
             training_id=self._training.training_id, event_time=now(), heartbeat=Heartbeat(state=self._training.state)
         )
         return WatchTrainingResponse(event=event).SerializeToString()
+
+
+def _joined(frames: list[bytes], max_events: int) -> Iterator[bytes]:
+    """Puts frames together, as many as a response may have."""
+    parts: list[bytes] = []
+    size = 0
+    for frame in frames:
+        if parts and (len(parts) == max_events or size + len(frame) > _MOST_RESPONSE_BYTES):
+            yield b"".join(parts)
+            parts, size = [], 0
+        parts.append(_EVENTS_TAG + frame[1:])
+        size += len(frame)
+    yield b"".join(parts)
 
 
 def _at(position: int, error: UnavailableError) -> UnavailableError:

@@ -159,9 +159,9 @@ class Trainings:
         chosen, token = page(sorted(ids, reverse=True), request.page_size, request.page_token)
         return [self.describe(training_id) for training_id in chosen], token
 
-    def watch(self, training_id: str, after_sequence: int) -> AsyncIterator[bytes]:
-        """Encoded events after a sequence, then as they come, until the training is over."""
-        return self.get(training_id).feed.follow(after_sequence, self._heartbeat_seconds)
+    def watch(self, training_id: str, after_sequence: int, max_events: int = 1) -> AsyncIterator[bytes]:
+        """Encoded responses with the events after a sequence, then as they come, until the training is over."""
+        return self.get(training_id).feed.follow(after_sequence, self._heartbeat_seconds, max_events)
 
     def result_of(self, training_id: str, step: int = 0) -> Path:
         """Returns the folder of the final adapter (step 0), or of the checkpoint of a step.

@@ -128,7 +128,8 @@ class UnslothServicer(UnslothServiceServicer):
         self, request: pb.WatchTrainingRequest, context: Context
     ) -> AsyncIterator[pb.WatchTrainingResponse]:
         """Events after a sequence, then as they come."""
-        async for frame in self._service.trainings.watch(request.training_id, request.after_sequence):
+        trainings = self._service.trainings
+        async for frame in trainings.watch(request.training_id, request.after_sequence, request.max_events):
             yield cast(pb.WatchTrainingResponse, frame)  # bytes of one; see the interceptor's serializer
 
     async def GetTraining(self, request: pb.GetTrainingRequest, context: Context) -> pb.GetTrainingResponse:

@@ -134,3 +134,44 @@ def test_an_interrupted_watcher_gets_all_there_is_and_then_the_error(log: Log):
     with pytest.raises(UnavailableError):
         asyncio.run(scenario())
     assert seen == [1, 2]
+
+
+async def responses(log: Log, max_events: int, after: int = 0) -> list[WatchTrainingResponse]:
+    async with asyncio.timeout(10):
+        return [WatchTrainingResponse.FromString(each) async for each in log.feed.follow(after, QUIET, max_events)]
+
+
+def test_several_events_come_in_one_response_where_that_was_asked_for(log: Log):
+    log.steps(7)
+    log.succeed()
+    found = asyncio.run(responses(log, 3, after=1))
+    assert [[event.sequence for event in each.events] for each in found] == [[2, 3, 4], [5, 6, 7], [8]]
+    assert not any(each.HasField("event") for each in found)
+
+
+def test_a_watcher_that_keeps_up_gets_each_event_as_it_happens_and_is_told_where_a_stop_left_it(log: Log):
+    async def scenario() -> list[list[int]]:
+        found: list[list[int]] = []
+        async with asyncio.timeout(10):
+            async for each in log.feed.follow(0, QUIET, 100):
+                found.append([event.sequence for event in WatchTrainingResponse.FromString(each).events])
+                if len(found) < 3:
+                    log.steps(1)
+                else:
+                    log.feed.interrupt(UnavailableError(ErrorReason.ERROR_REASON_SERVER_STOPPING, "It stops."))
+        return found
+
+    log.steps(2)
+    with pytest.raises(UnavailableError) as caught:
+        asyncio.run(scenario())
+    assert caught.value.metadata["last_sequence"] == "4"
+
+
+def test_a_response_of_several_events_stays_small(log: Log, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(event_feed, "_MOST_RESPONSE_BYTES", 30)
+    log.steps(6)
+    log.succeed()
+    found = asyncio.run(responses(log, 100))
+    assert [event.sequence for each in found for event in each.events] == list(range(1, 8))
+    assert len(found) > 1
+    assert all(each.ByteSize() <= 30 or len(each.events) == 1 for each in found)

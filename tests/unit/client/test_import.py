@@ -10,7 +10,7 @@ import pytest
 import unslothd
 from unslothd import _flows, errors
 from unslothd._retry import Peer, Retry
-from unslothd.v1 import service_pb2
+from unslothd.v1 import service_pb2, training_event_pb2
 
 HEAVY = [
     "torch",
@@ -150,7 +150,21 @@ def test_a_flow_says_what_to_do_and_does_nothing_itself():
     flow = _flows.watch(cursor, retry, 3.0)
     opened = next(flow)
     assert isinstance(opened, _flows.OpenStream)
-    assert opened.request == service_pb2.WatchTrainingRequest(training_id="t", after_sequence=7)
+    assert opened.request == service_pb2.WatchTrainingRequest(
+        training_id="t", after_sequence=7, max_events=_flows.EVENTS_A_RESPONSE
+    )
     assert flow.send(None) == _flows.Next()
     assert flow.throw(lost()) == _flows.Sleep(0.1)
     assert isinstance(flow.send(None), _flows.OpenStream)
+
+
+def test_a_response_of_several_events_is_read_as_one_after_the_other():
+    flow = _flows.watch(_flows.Cursor("t", 7), Retry(Peer(), 10.0), 3.0)
+    assert isinstance(next(flow), _flows.OpenStream)
+    assert flow.send(None) == _flows.Next()
+    several = [training_event_pb2.TrainingEvent(sequence=sequence) for sequence in (7, 8, 9)]
+    assert flow.send(service_pb2.WatchTrainingResponse(events=several)) == _flows.Emit(several[1])
+    assert flow.send(None) == _flows.Emit(several[2])
+    assert flow.send(None) == _flows.Next()
+    one = training_event_pb2.TrainingEvent(sequence=10)
+    assert flow.send(service_pb2.WatchTrainingResponse(event=one)) == _flows.Emit(one)

@@ -429,19 +429,25 @@ class WatchTrainingRequest(_message.Message):
 
     TRAINING_ID_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    MAX_EVENTS_FIELD_NUMBER: _builtins.int
     training_id: _builtins.str
     """Training to watch."""
     after_sequence: _builtins.int
     """Last sequence that the caller has seen; 0 = from the beginning."""
+    max_events: _builtins.int
+    """Most events of a response, for callers that may be far behind: a long log then comes many times as fast. With 2 or
+    more the events stand in `events` of the response, else one stands in `event`.
+    """
     def __init__(
         self,
         *,
         training_id: _builtins.str = ...,
         after_sequence: _builtins.int = ...,
+        max_events: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "training_id", b"training_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "max_events", b"max_events", "training_id", b"training_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -449,23 +455,29 @@ Global___WatchTrainingRequest: _TypeAlias = WatchTrainingRequest  # noqa: Y015
 
 @_typing.final
 class WatchTrainingResponse(_message.Message):
-    """One event of the training."""
+    """What happened in the training."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENT_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event(self) -> _training_event_pb2.TrainingEvent:
-        """The event."""
+        """The event, unless the request set max_events to 2 or more."""
+
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[_training_event_pb2.TrainingEvent]:
+        """The next events in their order, at most max_events; a server that does not know max_events sends `event`."""
 
     def __init__(
         self,
         *,
         event: _training_event_pb2.TrainingEvent | None = ...,
+        events: _abc.Iterable[_training_event_pb2.TrainingEvent] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "events", b"events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -705,6 +705,9 @@ type WatchTrainingRequest struct {
 	TrainingId string `protobuf:"bytes,1,opt,name=training_id,json=trainingId,proto3" json:"training_id,omitempty"`
 	// Last sequence that the caller has seen; 0 = from the beginning.
 	AfterSequence uint64 `protobuf:"varint,2,opt,name=after_sequence,json=afterSequence,proto3" json:"after_sequence,omitempty"`
+	// Most events of a response, for callers that may be far behind: a long log then comes many times as fast. With 2 or
+	// more the events stand in `events` of the response, else one stands in `event`.
+	MaxEvents     uint32 `protobuf:"varint,3,opt,name=max_events,json=maxEvents,proto3" json:"max_events,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -753,11 +756,20 @@ func (x *WatchTrainingRequest) GetAfterSequence() uint64 {
 	return 0
 }
 
-// One event of the training.
+func (x *WatchTrainingRequest) GetMaxEvents() uint32 {
+	if x != nil {
+		return x.MaxEvents
+	}
+	return 0
+}
+
+// What happened in the training.
 type WatchTrainingResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The event.
-	Event         *TrainingEvent `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"`
+	// The event, unless the request set max_events to 2 or more.
+	Event *TrainingEvent `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"`
+	// The next events in their order, at most max_events; a server that does not know max_events sends `event`.
+	Events        []*TrainingEvent `protobuf:"bytes,2,rep,name=events,proto3" json:"events,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -795,6 +807,13 @@ func (*WatchTrainingResponse) Descriptor() ([]byte, []int) {
 func (x *WatchTrainingResponse) GetEvent() *TrainingEvent {
 	if x != nil {
 		return x.Event
+	}
+	return nil
+}
+
+func (x *WatchTrainingResponse) GetEvents() []*TrainingEvent {
+	if x != nil {
+		return x.Events
 	}
 	return nil
 }
@@ -2928,13 +2947,16 @@ const file_unslothd_v1_service_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"A\n" +
 	"\rTrainResponse\x120\n" +
-	"\x05event\x18\x01 \x01(\v2\x1a.unslothd.v1.TrainingEventR\x05event\"^\n" +
+	"\x05event\x18\x01 \x01(\v2\x1a.unslothd.v1.TrainingEventR\x05event\"}\n" +
 	"\x14WatchTrainingRequest\x12\x1f\n" +
 	"\vtraining_id\x18\x01 \x01(\tR\n" +
 	"trainingId\x12%\n" +
-	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\"I\n" +
+	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\x12\x1d\n" +
+	"\n" +
+	"max_events\x18\x03 \x01(\rR\tmaxEvents\"}\n" +
 	"\x15WatchTrainingResponse\x120\n" +
-	"\x05event\x18\x01 \x01(\v2\x1a.unslothd.v1.TrainingEventR\x05event\",\n" +
+	"\x05event\x18\x01 \x01(\v2\x1a.unslothd.v1.TrainingEventR\x05event\x122\n" +
+	"\x06events\x18\x02 \x03(\v2\x1a.unslothd.v1.TrainingEventR\x06events\",\n" +
 	"\x0fGetModelRequest\x12\x19\n" +
 	"\bmodel_id\x18\x01 \x01(\tR\amodelId\"<\n" +
 	"\x10GetModelResponse\x12(\n" +
@@ -3198,79 +3220,80 @@ var file_unslothd_v1_service_proto_depIdxs = []int32{
 	45, // 15: unslothd.v1.TrainRequest.labels:type_name -> unslothd.v1.TrainRequest.LabelsEntry
 	55, // 16: unslothd.v1.TrainResponse.event:type_name -> unslothd.v1.TrainingEvent
 	55, // 17: unslothd.v1.WatchTrainingResponse.event:type_name -> unslothd.v1.TrainingEvent
-	51, // 18: unslothd.v1.GetModelResponse.model:type_name -> unslothd.v1.Model
-	51, // 19: unslothd.v1.ListModelsResponse.models:type_name -> unslothd.v1.Model
-	18, // 20: unslothd.v1.UploadDatasetRequest.header:type_name -> unslothd.v1.UploadDatasetHeader
-	56, // 21: unslothd.v1.UploadDatasetHeader.format:type_name -> unslothd.v1.DataFormat
-	57, // 22: unslothd.v1.UploadDatasetResponse.dataset:type_name -> unslothd.v1.Dataset
-	57, // 23: unslothd.v1.GetDatasetResponse.dataset:type_name -> unslothd.v1.Dataset
-	57, // 24: unslothd.v1.ListDatasetsResponse.datasets:type_name -> unslothd.v1.Dataset
-	54, // 25: unslothd.v1.PlanTrainingRequest.train_dataset:type_name -> unslothd.v1.DatasetSource
-	54, // 26: unslothd.v1.PlanTrainingRequest.eval_dataset:type_name -> unslothd.v1.DatasetSource
-	52, // 27: unslothd.v1.PlanTrainingRequest.training_config:type_name -> unslothd.v1.TrainingConfig
-	58, // 28: unslothd.v1.PlanTrainingResponse.plan:type_name -> unslothd.v1.TrainingPlan
-	59, // 29: unslothd.v1.GetTrainingResponse.training:type_name -> unslothd.v1.Training
-	60, // 30: unslothd.v1.ListTrainingsRequest.states:type_name -> unslothd.v1.Training.State
-	46, // 31: unslothd.v1.ListTrainingsRequest.labels:type_name -> unslothd.v1.ListTrainingsRequest.LabelsEntry
-	59, // 32: unslothd.v1.ListTrainingsResponse.trainings:type_name -> unslothd.v1.Training
-	59, // 33: unslothd.v1.CancelTrainingResponse.training:type_name -> unslothd.v1.Training
-	59, // 34: unslothd.v1.PauseTrainingResponse.training:type_name -> unslothd.v1.Training
-	59, // 35: unslothd.v1.ResumeTrainingResponse.training:type_name -> unslothd.v1.Training
-	61, // 36: unslothd.v1.GenerateRequest.chat:type_name -> unslothd.v1.ChatMessages
-	62, // 37: unslothd.v1.GenerateResponse.summary:type_name -> unslothd.v1.GenerateSummary
-	63, // 38: unslothd.v1.ExportModelRequest.checkpoint:type_name -> unslothd.v1.TrainingCheckpoint
-	64, // 39: unslothd.v1.ExportModelRequest.format:type_name -> unslothd.v1.ExportFormat
-	65, // 40: unslothd.v1.ExportModelResponse.progress:type_name -> unslothd.v1.ExportProgress
-	66, // 41: unslothd.v1.ExportModelResponse.artifact:type_name -> unslothd.v1.Artifact
-	63, // 42: unslothd.v1.DownloadArtifactRequest.checkpoint:type_name -> unslothd.v1.TrainingCheckpoint
-	67, // 43: unslothd.v1.DownloadArtifactResponse.file:type_name -> unslothd.v1.ArtifactFile
-	1,  // 44: unslothd.v1.UnslothService.GetServerInfo:input_type -> unslothd.v1.GetServerInfoRequest
-	3,  // 45: unslothd.v1.UnslothService.LoadModel:input_type -> unslothd.v1.LoadModelRequest
-	5,  // 46: unslothd.v1.UnslothService.PrepareForTraining:input_type -> unslothd.v1.PrepareForTrainingRequest
-	11, // 47: unslothd.v1.UnslothService.GetModel:input_type -> unslothd.v1.GetModelRequest
-	13, // 48: unslothd.v1.UnslothService.ListModels:input_type -> unslothd.v1.ListModelsRequest
-	15, // 49: unslothd.v1.UnslothService.UnloadModel:input_type -> unslothd.v1.UnloadModelRequest
-	17, // 50: unslothd.v1.UnslothService.UploadDataset:input_type -> unslothd.v1.UploadDatasetRequest
-	20, // 51: unslothd.v1.UnslothService.GetDataset:input_type -> unslothd.v1.GetDatasetRequest
-	22, // 52: unslothd.v1.UnslothService.ListDatasets:input_type -> unslothd.v1.ListDatasetsRequest
-	24, // 53: unslothd.v1.UnslothService.DeleteDataset:input_type -> unslothd.v1.DeleteDatasetRequest
-	26, // 54: unslothd.v1.UnslothService.PlanTraining:input_type -> unslothd.v1.PlanTrainingRequest
-	7,  // 55: unslothd.v1.UnslothService.Train:input_type -> unslothd.v1.TrainRequest
-	9,  // 56: unslothd.v1.UnslothService.WatchTraining:input_type -> unslothd.v1.WatchTrainingRequest
-	28, // 57: unslothd.v1.UnslothService.GetTraining:input_type -> unslothd.v1.GetTrainingRequest
-	30, // 58: unslothd.v1.UnslothService.ListTrainings:input_type -> unslothd.v1.ListTrainingsRequest
-	32, // 59: unslothd.v1.UnslothService.CancelTraining:input_type -> unslothd.v1.CancelTrainingRequest
-	34, // 60: unslothd.v1.UnslothService.PauseTraining:input_type -> unslothd.v1.PauseTrainingRequest
-	36, // 61: unslothd.v1.UnslothService.ResumeTraining:input_type -> unslothd.v1.ResumeTrainingRequest
-	38, // 62: unslothd.v1.UnslothService.Generate:input_type -> unslothd.v1.GenerateRequest
-	40, // 63: unslothd.v1.UnslothService.ExportModel:input_type -> unslothd.v1.ExportModelRequest
-	42, // 64: unslothd.v1.UnslothService.DownloadArtifact:input_type -> unslothd.v1.DownloadArtifactRequest
-	2,  // 65: unslothd.v1.UnslothService.GetServerInfo:output_type -> unslothd.v1.GetServerInfoResponse
-	4,  // 66: unslothd.v1.UnslothService.LoadModel:output_type -> unslothd.v1.LoadModelResponse
-	6,  // 67: unslothd.v1.UnslothService.PrepareForTraining:output_type -> unslothd.v1.PrepareForTrainingResponse
-	12, // 68: unslothd.v1.UnslothService.GetModel:output_type -> unslothd.v1.GetModelResponse
-	14, // 69: unslothd.v1.UnslothService.ListModels:output_type -> unslothd.v1.ListModelsResponse
-	16, // 70: unslothd.v1.UnslothService.UnloadModel:output_type -> unslothd.v1.UnloadModelResponse
-	19, // 71: unslothd.v1.UnslothService.UploadDataset:output_type -> unslothd.v1.UploadDatasetResponse
-	21, // 72: unslothd.v1.UnslothService.GetDataset:output_type -> unslothd.v1.GetDatasetResponse
-	23, // 73: unslothd.v1.UnslothService.ListDatasets:output_type -> unslothd.v1.ListDatasetsResponse
-	25, // 74: unslothd.v1.UnslothService.DeleteDataset:output_type -> unslothd.v1.DeleteDatasetResponse
-	27, // 75: unslothd.v1.UnslothService.PlanTraining:output_type -> unslothd.v1.PlanTrainingResponse
-	8,  // 76: unslothd.v1.UnslothService.Train:output_type -> unslothd.v1.TrainResponse
-	10, // 77: unslothd.v1.UnslothService.WatchTraining:output_type -> unslothd.v1.WatchTrainingResponse
-	29, // 78: unslothd.v1.UnslothService.GetTraining:output_type -> unslothd.v1.GetTrainingResponse
-	31, // 79: unslothd.v1.UnslothService.ListTrainings:output_type -> unslothd.v1.ListTrainingsResponse
-	33, // 80: unslothd.v1.UnslothService.CancelTraining:output_type -> unslothd.v1.CancelTrainingResponse
-	35, // 81: unslothd.v1.UnslothService.PauseTraining:output_type -> unslothd.v1.PauseTrainingResponse
-	37, // 82: unslothd.v1.UnslothService.ResumeTraining:output_type -> unslothd.v1.ResumeTrainingResponse
-	39, // 83: unslothd.v1.UnslothService.Generate:output_type -> unslothd.v1.GenerateResponse
-	41, // 84: unslothd.v1.UnslothService.ExportModel:output_type -> unslothd.v1.ExportModelResponse
-	43, // 85: unslothd.v1.UnslothService.DownloadArtifact:output_type -> unslothd.v1.DownloadArtifactResponse
-	65, // [65:86] is the sub-list for method output_type
-	44, // [44:65] is the sub-list for method input_type
-	44, // [44:44] is the sub-list for extension type_name
-	44, // [44:44] is the sub-list for extension extendee
-	0,  // [0:44] is the sub-list for field type_name
+	55, // 18: unslothd.v1.WatchTrainingResponse.events:type_name -> unslothd.v1.TrainingEvent
+	51, // 19: unslothd.v1.GetModelResponse.model:type_name -> unslothd.v1.Model
+	51, // 20: unslothd.v1.ListModelsResponse.models:type_name -> unslothd.v1.Model
+	18, // 21: unslothd.v1.UploadDatasetRequest.header:type_name -> unslothd.v1.UploadDatasetHeader
+	56, // 22: unslothd.v1.UploadDatasetHeader.format:type_name -> unslothd.v1.DataFormat
+	57, // 23: unslothd.v1.UploadDatasetResponse.dataset:type_name -> unslothd.v1.Dataset
+	57, // 24: unslothd.v1.GetDatasetResponse.dataset:type_name -> unslothd.v1.Dataset
+	57, // 25: unslothd.v1.ListDatasetsResponse.datasets:type_name -> unslothd.v1.Dataset
+	54, // 26: unslothd.v1.PlanTrainingRequest.train_dataset:type_name -> unslothd.v1.DatasetSource
+	54, // 27: unslothd.v1.PlanTrainingRequest.eval_dataset:type_name -> unslothd.v1.DatasetSource
+	52, // 28: unslothd.v1.PlanTrainingRequest.training_config:type_name -> unslothd.v1.TrainingConfig
+	58, // 29: unslothd.v1.PlanTrainingResponse.plan:type_name -> unslothd.v1.TrainingPlan
+	59, // 30: unslothd.v1.GetTrainingResponse.training:type_name -> unslothd.v1.Training
+	60, // 31: unslothd.v1.ListTrainingsRequest.states:type_name -> unslothd.v1.Training.State
+	46, // 32: unslothd.v1.ListTrainingsRequest.labels:type_name -> unslothd.v1.ListTrainingsRequest.LabelsEntry
+	59, // 33: unslothd.v1.ListTrainingsResponse.trainings:type_name -> unslothd.v1.Training
+	59, // 34: unslothd.v1.CancelTrainingResponse.training:type_name -> unslothd.v1.Training
+	59, // 35: unslothd.v1.PauseTrainingResponse.training:type_name -> unslothd.v1.Training
+	59, // 36: unslothd.v1.ResumeTrainingResponse.training:type_name -> unslothd.v1.Training
+	61, // 37: unslothd.v1.GenerateRequest.chat:type_name -> unslothd.v1.ChatMessages
+	62, // 38: unslothd.v1.GenerateResponse.summary:type_name -> unslothd.v1.GenerateSummary
+	63, // 39: unslothd.v1.ExportModelRequest.checkpoint:type_name -> unslothd.v1.TrainingCheckpoint
+	64, // 40: unslothd.v1.ExportModelRequest.format:type_name -> unslothd.v1.ExportFormat
+	65, // 41: unslothd.v1.ExportModelResponse.progress:type_name -> unslothd.v1.ExportProgress
+	66, // 42: unslothd.v1.ExportModelResponse.artifact:type_name -> unslothd.v1.Artifact
+	63, // 43: unslothd.v1.DownloadArtifactRequest.checkpoint:type_name -> unslothd.v1.TrainingCheckpoint
+	67, // 44: unslothd.v1.DownloadArtifactResponse.file:type_name -> unslothd.v1.ArtifactFile
+	1,  // 45: unslothd.v1.UnslothService.GetServerInfo:input_type -> unslothd.v1.GetServerInfoRequest
+	3,  // 46: unslothd.v1.UnslothService.LoadModel:input_type -> unslothd.v1.LoadModelRequest
+	5,  // 47: unslothd.v1.UnslothService.PrepareForTraining:input_type -> unslothd.v1.PrepareForTrainingRequest
+	11, // 48: unslothd.v1.UnslothService.GetModel:input_type -> unslothd.v1.GetModelRequest
+	13, // 49: unslothd.v1.UnslothService.ListModels:input_type -> unslothd.v1.ListModelsRequest
+	15, // 50: unslothd.v1.UnslothService.UnloadModel:input_type -> unslothd.v1.UnloadModelRequest
+	17, // 51: unslothd.v1.UnslothService.UploadDataset:input_type -> unslothd.v1.UploadDatasetRequest
+	20, // 52: unslothd.v1.UnslothService.GetDataset:input_type -> unslothd.v1.GetDatasetRequest
+	22, // 53: unslothd.v1.UnslothService.ListDatasets:input_type -> unslothd.v1.ListDatasetsRequest
+	24, // 54: unslothd.v1.UnslothService.DeleteDataset:input_type -> unslothd.v1.DeleteDatasetRequest
+	26, // 55: unslothd.v1.UnslothService.PlanTraining:input_type -> unslothd.v1.PlanTrainingRequest
+	7,  // 56: unslothd.v1.UnslothService.Train:input_type -> unslothd.v1.TrainRequest
+	9,  // 57: unslothd.v1.UnslothService.WatchTraining:input_type -> unslothd.v1.WatchTrainingRequest
+	28, // 58: unslothd.v1.UnslothService.GetTraining:input_type -> unslothd.v1.GetTrainingRequest
+	30, // 59: unslothd.v1.UnslothService.ListTrainings:input_type -> unslothd.v1.ListTrainingsRequest
+	32, // 60: unslothd.v1.UnslothService.CancelTraining:input_type -> unslothd.v1.CancelTrainingRequest
+	34, // 61: unslothd.v1.UnslothService.PauseTraining:input_type -> unslothd.v1.PauseTrainingRequest
+	36, // 62: unslothd.v1.UnslothService.ResumeTraining:input_type -> unslothd.v1.ResumeTrainingRequest
+	38, // 63: unslothd.v1.UnslothService.Generate:input_type -> unslothd.v1.GenerateRequest
+	40, // 64: unslothd.v1.UnslothService.ExportModel:input_type -> unslothd.v1.ExportModelRequest
+	42, // 65: unslothd.v1.UnslothService.DownloadArtifact:input_type -> unslothd.v1.DownloadArtifactRequest
+	2,  // 66: unslothd.v1.UnslothService.GetServerInfo:output_type -> unslothd.v1.GetServerInfoResponse
+	4,  // 67: unslothd.v1.UnslothService.LoadModel:output_type -> unslothd.v1.LoadModelResponse
+	6,  // 68: unslothd.v1.UnslothService.PrepareForTraining:output_type -> unslothd.v1.PrepareForTrainingResponse
+	12, // 69: unslothd.v1.UnslothService.GetModel:output_type -> unslothd.v1.GetModelResponse
+	14, // 70: unslothd.v1.UnslothService.ListModels:output_type -> unslothd.v1.ListModelsResponse
+	16, // 71: unslothd.v1.UnslothService.UnloadModel:output_type -> unslothd.v1.UnloadModelResponse
+	19, // 72: unslothd.v1.UnslothService.UploadDataset:output_type -> unslothd.v1.UploadDatasetResponse
+	21, // 73: unslothd.v1.UnslothService.GetDataset:output_type -> unslothd.v1.GetDatasetResponse
+	23, // 74: unslothd.v1.UnslothService.ListDatasets:output_type -> unslothd.v1.ListDatasetsResponse
+	25, // 75: unslothd.v1.UnslothService.DeleteDataset:output_type -> unslothd.v1.DeleteDatasetResponse
+	27, // 76: unslothd.v1.UnslothService.PlanTraining:output_type -> unslothd.v1.PlanTrainingResponse
+	8,  // 77: unslothd.v1.UnslothService.Train:output_type -> unslothd.v1.TrainResponse
+	10, // 78: unslothd.v1.UnslothService.WatchTraining:output_type -> unslothd.v1.WatchTrainingResponse
+	29, // 79: unslothd.v1.UnslothService.GetTraining:output_type -> unslothd.v1.GetTrainingResponse
+	31, // 80: unslothd.v1.UnslothService.ListTrainings:output_type -> unslothd.v1.ListTrainingsResponse
+	33, // 81: unslothd.v1.UnslothService.CancelTraining:output_type -> unslothd.v1.CancelTrainingResponse
+	35, // 82: unslothd.v1.UnslothService.PauseTraining:output_type -> unslothd.v1.PauseTrainingResponse
+	37, // 83: unslothd.v1.UnslothService.ResumeTraining:output_type -> unslothd.v1.ResumeTrainingResponse
+	39, // 84: unslothd.v1.UnslothService.Generate:output_type -> unslothd.v1.GenerateResponse
+	41, // 85: unslothd.v1.UnslothService.ExportModel:output_type -> unslothd.v1.ExportModelResponse
+	43, // 86: unslothd.v1.UnslothService.DownloadArtifact:output_type -> unslothd.v1.DownloadArtifactResponse
+	66, // [66:87] is the sub-list for method output_type
+	45, // [45:66] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_unslothd_v1_service_proto_init() }
