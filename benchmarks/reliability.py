@@ -98,13 +98,16 @@ def _measure_replay(
     say(f"replay: a log of {options.events} events")
     training_id = scripted_training(server, stub, model_id, "long", steps=options.events)
     end_of(stub, training_id)
-    rates: dict[str, list[float]] = {"bare stub": [], "Python client": []}
+    rates: dict[str, list[float]] = {"bare stub": [], "bare stub, 200 a response": [], "Python client": []}
     with unslothd.Client(server.target) as client:
         for _ in range(options.rounds):
             for arm, found in rates.items():
                 began = time.monotonic()
                 if arm == "bare stub":
                     count = sum(1 for _ in stub.WatchTraining(pb.WatchTrainingRequest(training_id=training_id)))
+                elif arm.startswith("bare stub"):
+                    request = pb.WatchTrainingRequest(training_id=training_id, max_events=200)
+                    count = sum(len(response.events) for response in stub.WatchTraining(request))
                 else:
                     count = sum(1 for _ in client.watch(training_id))
                 found.append(count / (time.monotonic() - began))
