@@ -6,11 +6,14 @@ import { endedEarly, trainingCancelled, trainingFailed, UnslothdError } from "./
 import { connectionLost, type Retry } from "./retry.js";
 import { Stream, type Calls } from "./transport.js";
 
+/** A long log comes so many events at a time; whoever keeps up gets each as it happens. */
+const EVENTS_A_RESPONSE = 200;
+
 /** How a training ended. */
 type Outcome = { metrics: TrainingMetrics | undefined } | { error: UnslothdError };
 
 interface Opened {
-  stream: Stream<{ event?: TrainingEvent | undefined }>;
+  stream: Stream<{ event?: TrainingEvent | undefined; events?: TrainingEvent[] }>;
   watching: boolean;
 }
 
@@ -39,6 +42,7 @@ export class TrainingRun implements AsyncIterable<TrainingEvent> {
   #outcome: Outcome | undefined;
   #first: TrainingEvent | undefined;
   #open: Opened | undefined;
+  #further: TrainingEvent[] = [];
   #throws: boolean;
   #finished = false;
 
@@ -130,11 +134,9 @@ export class TrainingRun implements AsyncIterable<TrainingEvent> {
   async #read(): Promise<TrainingEvent | UnslothdError | undefined> {
     const { stream } = (this.#open ??= this.#opened());
     for (;;) {
-      const message = await stream.next();
-      if (message === undefined) return this.#outcome ? undefined : endedEarly("the event stream");
-      if (message instanceof UnslothdError) return this.#broken(message);
-      const { event } = message;
-      if (event === undefined) continue;
+      const event = this.#further.shift() ?? (await this.#received(stream));
+      if (event === undefined) return this.#outcome ? undefined : endedEarly("the event stream");
+      if (event instanceof UnslothdError) return this.#broken(event);
       if (event.sequence > this.#sequence + 1n) return this.#gap(event.sequence);
       if (event.sequence !== 0n && event.sequence <= this.#sequence) continue; // seen before the connection was lost
       this.#retry.progress();
@@ -143,6 +145,18 @@ export class TrainingRun implements AsyncIterable<TrainingEvent> {
       this.#sequence = event.sequence;
       this.#outcome = outcomeOf(event);
       return event;
+    }
+  }
+
+  /** The next event that comes; those of the same response are kept for later. An older server sends one at a time. */
+  async #received(stream: Opened["stream"]): Promise<TrainingEvent | UnslothdError | undefined> {
+    for (;;) {
+      const message = await stream.next();
+      if (message === undefined || message instanceof UnslothdError) return message;
+      const [first, ...further] = message.events ?? [];
+      this.#further = further;
+      const event = first ?? message.event;
+      if (event !== undefined) return event;
     }
   }
 
@@ -201,12 +215,13 @@ export class TrainingRun implements AsyncIterable<TrainingEvent> {
   }
 
   #opened(): Opened {
+    this.#further = []; // they come again
     const { request, signal } = this.#start;
     const { stub } = this.#calls;
     if (request !== undefined && this.#sequence === 0n) {
       return { stream: new Stream(this.#calls, (options) => stub.train(request, options), signal), watching: false };
     }
-    const asked = { trainingId: this.#trainingId, afterSequence: this.#sequence };
+    const asked = { trainingId: this.#trainingId, afterSequence: this.#sequence, maxEvents: EVENTS_A_RESPONSE };
     return { stream: new Stream(this.#calls, (options) => stub.watchTraining(asked, options), signal), watching: true };
   }
 }
