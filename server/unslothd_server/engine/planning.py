@@ -136,6 +136,7 @@ def _tuned_plan(
         for field in readback.TUNED_FIELDS:
             if request.training.config.HasField(field):
                 setattr(plan.config, field, getattr(request.training.config, field))
+        plan.memory_estimate_bytes = 0  # it depends on what the probe will choose
         return plan
     plan.config.CopyFrom(split_config(plan.config, trainer.passes.split, longest_passes(trainer)))
     reports.add_tuning(plan, tuning)

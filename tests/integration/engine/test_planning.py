@@ -9,7 +9,7 @@ import pytest
 from support.engine_runs import Loaded, LoadTiny, Row, as_source, memory
 from unslothd.v1.dataset_pb2 import RowFormat, TemplateLayout
 from unslothd.v1.model_pb2 import LoraConfig
-from unslothd.v1.training_pb2 import TrainingConfig, TrainingPlan
+from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, TrainingPlan
 from unslothd.worker.v1.worker_service_pb2 import PlanTrainingRequest, StartTrainingRequest
 from unslothd_server.errors import AbortedError, DatasetError
 
@@ -227,3 +227,20 @@ def test_an_eval_set_with_other_columns_is_refused_by_name(prepared: Loaded) -> 
     assert raised.value.reason_name == "DATASET_COLUMNS"
     assert raised.value.metadata["dataset"] == "eval_dataset"
     assert raised.value.message.startswith("eval_dataset: ")
+
+
+def test_a_plan_of_tuned_passes_says_them_once_they_were_measured(prepared: Loaded):
+    rows, _ = LAYOUTS["text"]
+    config = TrainingConfig()
+    config.CopyFrom(CONFIG)
+    config.micro_batching = MICRO_BATCHING_TUNED
+    unknown = plan(prepared, rows, config)
+    assert not unknown.HasField("passes")
+    assert (unknown.config.batch_size, unknown.config.gradient_accumulation_steps) == (2, 2)
+    assert unknown.memory_estimate_bytes == 0
+    measured = plan(prepared, rows, config, measure=True)
+    assert measured.passes.probe_seconds > 0
+    assert measured.memory_measured
+    remembered = plan(prepared, rows, config)
+    assert remembered.passes.remembered
+    assert remembered.passes.max_tokens == measured.passes.max_tokens
