@@ -10,9 +10,9 @@ from unslothd_server import errors
 
 DOMAIN = "unslothd"
 # Trailers carry the text twice, once inside the details as base64, beside names and what gRPC adds: 8 KiB in all.
+_MAX_SENT_BYTES = 7200
 _MAX_TEXT_BYTES = 2000
 _MAX_FIELD_BYTES = 400
-_MAX_FIELDS_BYTES = 1500
 _SENT_AS_IT_IS = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 CODES: dict[type[errors.UnslothdError], code_pb2.Code] = {
@@ -67,17 +67,19 @@ def fit_to_send(status: status_pb2.Status) -> status_pb2.Status:
     bad_request = error_details_pb2.BadRequest()
     for detail in fitting.details:
         if detail.Unpack(bad_request):
-            detail.Pack(_first_fields(bad_request))
+            detail.Clear()
+            room = (_MAX_SENT_BYTES - len(_sent(fitting.message))) * 3 // 4 - fitting.ByteSize()
+            detail.Pack(_first_fields(bad_request, room))
     return fitting
 
 
-def _first_fields(bad_request: error_details_pb2.BadRequest) -> error_details_pb2.BadRequest:
+def _first_fields(bad_request: error_details_pb2.BadRequest, room: int) -> error_details_pb2.BadRequest:
     kept = error_details_pb2.BadRequest()
     for each in bad_request.field_violations:
         kept.field_violations.add(
             field=_cut(each.field, _MAX_FIELD_BYTES), description=_cut(each.description, _MAX_FIELD_BYTES)
         )
-        if kept.ByteSize() > _MAX_FIELDS_BYTES:
+        if kept.ByteSize() > room:
             del kept.field_violations[-1]
             break
     return kept

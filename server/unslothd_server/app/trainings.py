@@ -270,13 +270,19 @@ class Trainings:
         )
         draft = acceptance.draft(as_train, entry, self._store, self._roots, self._stored_rows, self._reserved_dirs())
         with self._store.scratch(draft) as assignment:
-            return await worker.plan(
-                worker_pb2.PlanTrainingRequest(
-                    training=assignment,
-                    measure=request.measure,
-                    preview_rows=request.preview_rows or _DEFAULT_PREVIEW_ROWS,
-                )
+            ask = worker_pb2.PlanTrainingRequest(
+                training=assignment,
+                measure=request.measure,
+                preview_rows=request.preview_rows or _DEFAULT_PREVIEW_ROWS,
             )
+            try:
+                return await worker.plan(ask)
+            except NotFoundError:
+                # A dataset that was deleted while the worker read it is told by its id, not by where it was.
+                for source in (request.train_dataset, request.eval_dataset):
+                    if source.dataset_id:
+                        self._stored_rows(source.dataset_id)
+                raise
 
     # --- stopping and going on ---
 
