@@ -1,6 +1,5 @@
 """A real server in a process of its own, for tests and benchmarks: started, waited for, always ended."""
 
-import ctypes
 import os
 import selectors
 import signal
@@ -12,19 +11,12 @@ from typing import Self
 
 import grpc
 
+from support.heeding_modes import heeding_modes
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
-_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2
 WITH_FAKE_WORKERS = Path(__file__).parents[1] / "doubles" / "fake_worker_server.py"
-
-
-def heed_modes() -> None:
-    """Takes from this process's programs the right of root to write where modes forbid it; for `preexec_fn`."""
-    libc = ctypes.CDLL(None)
-    for capability in (_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH):
-        libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 class RunningServer:
@@ -60,11 +52,10 @@ class RunningServer:
         command += ["--output-root", str(self.output_root), "--model-root", str(self.model_root), *arguments]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command,
+                heeding_modes(command) if heeds_modes else command,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=folder,
-                preexec_fn=heed_modes if heeds_modes else None,  # noqa: PLW1509 - it calls prctl and nothing else
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(sys.path),

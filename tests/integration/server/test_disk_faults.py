@@ -18,7 +18,8 @@ import pytest
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, error_of, inline, watch
-from support.running_server import WITH_FAKE_WORKERS, heed_modes
+from support.heeding_modes import heeding_modes
+from support.running_server import WITH_FAKE_WORKERS
 from support.uploads import upload
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
@@ -185,7 +186,7 @@ def test_a_read_only_home_ends_the_start_with_what_to_do(tmp_path: Path):
     command = [sys.executable, str(WITH_FAKE_WORKERS), "--listen", "127.0.0.1:0", "--home", str(home)]
     command += ["--output-root", str(tmp_path / "output")]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=CALL_SECONDS, check=False, preexec_fn=heed_modes, cwd=tmp_path
+        heeding_modes(command), capture_output=True, text=True, timeout=CALL_SECONDS, check=False, cwd=tmp_path
     )
     assert done.returncode == 1
     assert f"{home} cannot be written to" in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.running_server import heed_modes
+from support.heeding_modes import heeding_modes
 from unslothd_server.home_lock import HomeLock
 
 
@@ -25,7 +25,7 @@ def checked(folder: Path, *arguments: str, listen: str = "127.0.0.1:0") -> tuple
     command += ["--home", str(folder / "home"), "--output-root", str(folder / "output")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "UNSLOTHD_CONFIG": ""}
     done = subprocess.run(
-        command, env=environment, preexec_fn=heed_modes, capture_output=True, text=True, timeout=60, check=False
+        heeding_modes(command), env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     return done.returncode, done.stdout + done.stderr
 
