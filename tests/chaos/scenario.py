@@ -17,6 +17,7 @@ import psutil
 import unslothd
 from support.running_server import RunningServer
 from support.tiny_model import build_tiny_llama
+from unslothd.v1.training_pb2 import Training
 
 WAIT_SECONDS = 300.0
 # A server is away for a second or two, in which its workers train on: steps have to be slow, and there have to be many,
@@ -167,7 +168,7 @@ class Arena:
             watcher = _Watcher(run)
             watcher.start()
             for kill in kills:
-                if watcher.wait_for_step(kill.step):
+                if watcher.wait_for_step(kill.step) and not _is_over(client, run.training_id):
                     self._carry_out(kill, report)
                     watcher.forget_steps()  # the next one is killed at work, not while it comes back
             all_along = watcher.finish()
@@ -183,6 +184,11 @@ class Arena:
             report.server_kills += 1
         elif self.kill_worker():
             report.worker_kills += 1
+
+
+def _is_over(client: unslothd.Client, training_id: str) -> bool:
+    """What a watcher sees may be old: after a server's absence it gets many steps at once."""
+    return client.get_training(training_id).state in (Training.STATE_SUCCEEDED, Training.STATE_FAILED)
 
 
 class _Watcher(threading.Thread):
