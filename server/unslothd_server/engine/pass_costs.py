@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -53,13 +54,15 @@ def read(file: Path | None, room: int) -> list[PassCost]:
 
 
 def write(file: Path | None, room: int, costs: Sequence[PassCost]) -> None:
-    """Keeps costs. Several workers may do so at once; the last one wins.
+    """Keeps costs. Several workers may do so at once; the last one wins. Where the disk takes none, nothing is kept.
 
     Args:
         file: As `file_of` gives it.
         room: That passes had when they were measured, in bytes.
         costs: Of every kind of pass.
     """
-    if file is not None:
+    if file is None:
+        return
+    with suppress(OSError):  # the next training measures anew, which is no reason to end this one
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_text(file, json.dumps({"room": room, "costs": [asdict(cost) for cost in costs]}, indent=1))
