@@ -184,23 +184,29 @@ def _token(values: _Values, problems: list[str]) -> str | None:
         problems.append("a token and the file of a token are given: leave one of them out")
         return None
     if file is not None:
-        token = _of_file(Path(file).expanduser(), problems)
+        token = token_in(Path(file).expanduser(), problems)
     if token is None:
         return None
     token = token.strip()
-    if not _TOKEN.fullmatch(token):
+    if not is_token(token):
         what = f"{file} is no token" if file is not None else "the token is none"
         problems.append(f"{what}: it must be one word of ASCII characters, as `unslothd tokens create` printed it")
         return None
     return token
 
 
-def _of_file(file: Path, problems: list[str]) -> str | None:
+def token_in(file: Path, problems: list[str]) -> str | None:
+    """Returns what the file of a token holds; None, and a problem more, when it cannot be read."""
     content = _content("token file", file, problems)
     if content is None:
         return None
     _profiles.warn_if_readable_by_others(file)
     return content.decode(errors="replace")
+
+
+def is_token(text: str) -> bool:
+    """True when a text has the form of a token: one word of ASCII characters."""
+    return _TOKEN.fullmatch(text) is not None
 
 
 def _credentials(values: _Values, problems: list[str]) -> grpc.ChannelCredentials | None:

@@ -1,8 +1,10 @@
 """Options that several commands share, declared once."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
 import typer
@@ -51,7 +53,27 @@ def _server(flag: str, text: str, metavar: str | None = None) -> Any:
     return typer.Option(flag, help=text, rich_help_panel="Server", metavar=metavar, show_default=False)
 
 
+def _hf_token(file: str | None) -> str | None:
+    """Returns the token in a file; "-" is stdin, where a person is asked and sees nothing of it."""
+    if file is None:
+        return None
+    problems: list[str] = []
+    if file != "-":
+        token = _connection.token_in(Path(file).expanduser(), problems)
+    elif sys.stdin.isatty():
+        token = typer.prompt("Hugging Face token", hide_input=True, err=True)
+    else:
+        token = sys.stdin.read()
+    token = (token or "").strip()
+    if not problems and not _connection.is_token(token):
+        problems.append(f"{file} is no token: it must be one word of ASCII characters, as the Hub shows it once")
+    if problems:
+        raise typer.BadParameter("\n".join(problems))
+    return token
+
+
 Server = _connection.ConnectionOptions
+HF_FLAG = "--hf-token-file"
 
 
 class ServerOptions:
@@ -131,11 +153,21 @@ class LoraOptions:
 
 
 class LoadOptions:
-    """An option for every field of LoadModelRequest that says how to load."""
+    """An option for every field of LoadModelRequest that says how to load; the token comes from a file, as above."""
 
     max_seq_length: Annotated[int | None, _load("Tokens of the longest sequence. (default 2048)")]
     load_in_4bit: Annotated[bool | None, _load("4-bit weights. (default where the device can)")]
-    token: Annotated[str | None, _load("Hugging Face token for gated models; never stored or logged.")]
+    token: Annotated[
+        str | None,
+        typer.Option(
+            HF_FLAG,
+            help="File with your Hugging Face token, for gated models; - reads it from stdin. Never stored or logged.",
+            rich_help_panel=_LOAD,
+            metavar="FILE",
+            show_default=False,
+            callback=_hf_token,
+        ),
+    ]
     device_map: Annotated[str | None, _load("auto, cpu, cuda or cuda:N. (default auto)", "DEVICE")]
     dtype: Annotated[str | None, _load("bfloat16, float16 or float32. (default bfloat16 where supported)", "DTYPE")]
     revision: Annotated[str | None, _load("Branch, tag or commit of a Hub repository. (default main)")]

@@ -115,7 +115,7 @@ def _say_next(model_id: str, training_id: str, out: Output) -> None:
 
 
 def _flags(used: unslothd.LoadOptions) -> str:
-    return ", ".join("--" + name.replace("_", "-") for name in used)
+    return ", ".join(options.HF_FLAG if name == "token" else "--" + name.replace("_", "-") for name in used)
 
 
 def parse_dataset(text: str) -> unslothd.DatasetLike:
