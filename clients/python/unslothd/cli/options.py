@@ -1,5 +1,6 @@
 """Options that several commands share, declared once."""
 
+import getpass
 import inspect
 import sys
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def _hf_token(file: str | None) -> str | None:
     if file != "-":
         token = _connection.token_in(Path(file).expanduser(), problems)
     elif sys.stdin.isatty():
-        token = typer.prompt("Hugging Face token", hide_input=True, err=True)
+        token = getpass.getpass("Hugging Face token: ")
     else:
         token = sys.stdin.read()
     token = (token or "").strip()
