@@ -45,6 +45,6 @@ def aborting(context: grpc.ServicerContext, doing: str) -> Generator[None]:
     """Ends the call with the rich status of whatever error is raised in the block."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - the boundary: every bug becomes INTERNAL with an id
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary: every bug becomes INTERNAL with an id
         status = fit_to_send(to_status(as_unslothd_error(error, doing)))
         context.abort_with_status(rpc_status.to_status(status))  # pyright: ignore[reportUnknownMemberType]

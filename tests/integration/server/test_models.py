@@ -5,6 +5,8 @@ import struct
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
+import pytest
+
 from support.calls import CALL_SECONDS, error_of, load, prepare, prepared_model
 from support.running_server import RunningServer
 from unslothd.v1 import service_pb2 as pb
@@ -134,11 +136,12 @@ def test_a_worker_that_exits_while_preparing_leaves_a_failed_model_that_can_be_u
     assert model_ids(stub) == []
 
 
+@pytest.mark.parametrize("bug", ["raise", "sys.exit"])
 def test_an_unexpected_exception_in_a_worker_shows_an_id_and_nothing_internal(
-    server: RunningServer, stub: UnslothServiceStub
+    bug: str, server: RunningServer, stub: UnslothServiceStub
 ):
-    a_model(server, "raises", load="raise")
-    error = error_of(lambda: stub.LoadModel(pb.LoadModelRequest(model_name="raises"), timeout=CALL_SECONDS))
+    a_model(server, f"bug-{bug}", load=bug)
+    error = error_of(lambda: stub.LoadModel(pb.LoadModelRequest(model_name=f"bug-{bug}"), timeout=CALL_SECONDS))
     assert (error.code, error.reason) == ("INTERNAL", "INTERNAL")
     assert error.metadata["error_id"] in error.message
     assert "Traceback" not in error.message
