@@ -1,6 +1,7 @@
 """`unslothd serve`: puts the parts together, serves until a signal, ends cleanly."""
 
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
@@ -152,6 +153,7 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...] =
         AllowedRoots([*settings.model_roots, settings.output_root], untold=[settings.home / "cache"]),
         ModelStore(settings.home / "models"),
         max_loaded=settings.max_loaded_models,
+        hub_token=os.environ.get("HF_TOKEN", "").strip(),  # workers do not get the variable
         result_of=lambda training_id, step: trainings.result_of(training_id, step),  # noqa: PLW0108 - made below
     )
     trainings = Trainings(

@@ -110,6 +110,7 @@ class InMemoryWorker:
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
         self.model: Model | None = None
+        self.hub_token = ""
         self.training: InMemoryTraining | None = None
         self.is_deaf = False
         self.is_stuck = False
@@ -164,6 +165,7 @@ class Grip:
         await self._host.loads.wait()
         worker = await self._reach()
         worker.model = Model(model_name=request.model_name, device="cpu", max_seq_length=request.max_seq_length)
+        worker.hub_token = request.token
         worker.model.memory_bytes = self._host.memory_bytes
         yield pb.LoadModelResponse(model=worker.model)
 

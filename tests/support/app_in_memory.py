@@ -51,11 +51,13 @@ class AppInMemory:
     Args:
         folder: Holds everything; models lie below `folder / "roots"`.
         device: What there is to load onto.
+        hub_token: The operator's.
     """
 
-    def __init__(self, folder: Path, device: OneDevice | None = None) -> None:
+    def __init__(self, folder: Path, device: OneDevice | None = None, *, hub_token: str = "") -> None:
         self._folder = folder
         self.device = device or OneDevice()
+        self._hub_token = hub_token
         self.host = InMemoryHost()
 
     async def start(self) -> None:
@@ -67,6 +69,7 @@ class AppInMemory:
             ModelStore(self._folder / "models"),
             max_loaded=3,
             result_of=lambda training_id, step: self.trainings.result_of(training_id, step),  # noqa: PLW0108 - made below
+            hub_token=self._hub_token,
         )
         self.trainings = Trainings(
             TrainingStore(self._folder / "trainings", self._folder / "output"),

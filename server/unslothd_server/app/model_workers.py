@@ -29,12 +29,16 @@ class ModelWorkers:
         launcher: Starts workers.
         admission: Knows whether a model fits.
         store: Where models are kept on disk.
+        hub_token: The operator's Hub token, for loads that bring none of their own; empty = none.
     """
 
-    def __init__(self, launcher: WorkerLauncher, admission: MemoryAdmission, store: ModelStore) -> None:
+    def __init__(
+        self, launcher: WorkerLauncher, admission: MemoryAdmission, store: ModelStore, *, hub_token: str = ""
+    ) -> None:
         self._launcher = launcher
         self._admission = admission
         self._store = store
+        self._hub_token = hub_token
 
     def bring_up(self, entry: LoadedModel, *, token: str = "", waits: bool) -> "asyncio.Task[Exception | None]":
         """Begins to start a worker, load the model and prepare it as it was; the result is what went wrong.
@@ -43,7 +47,7 @@ class ModelWorkers:
 
         Args:
             entry: The model.
-            token: For the Hub.
+            token: For the Hub; empty = the operator's.
             waits: Wait for memory where the model does not fit now, but could.
 
         Raises:
@@ -126,7 +130,7 @@ class ModelWorkers:
         if not self._launcher.has_spare:  # a spare that still imports says so itself
             entry.progress.append(LoadProgress(phase=LoadProgress.PHASE_STARTING_WORKER, model_id=entry.model_id))
         worker = entry.worker = await self._launcher.launch(entry.model_id, device_map=entry.model.device_map)
-        async for response in worker.load(stored.worker_load(token)):
+        async for response in worker.load(stored.worker_load(token or self._hub_token)):
             if response.HasField("progress"):
                 response.progress.model_id = entry.model_id
                 entry.progress.append(response.progress)

@@ -54,6 +54,7 @@ class Models:
         store: Where models are kept on disk.
         max_loaded: Most models at a time.
         result_of: Returns the folder of a training's final adapter (step 0) or of one of its checkpoints.
+        hub_token: The operator's Hub token, for loads that bring none of their own; empty = none.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Models:
         *,
         max_loaded: int,
         result_of: Callable[[str, int], Path],
+        hub_token: str = "",
     ) -> None:
         self._devices = devices
         self._roots = roots
@@ -74,7 +76,7 @@ class Models:
         self._models: dict[str, LoadedModel] = {}
         self._requests = SeenRequests[LoadedModel]()
         self.admission = MemoryAdmission(devices)
-        self._workers = ModelWorkers(launcher, self.admission, store)
+        self._workers = ModelWorkers(launcher, self.admission, store, hub_token=hub_token)
         self._loads: set[asyncio.Task[None]] = set()
         self._closing = False
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from support.calls import load
+from support.refusing_hub import OPERATORS_TOKEN, RefusingHub
 from support.running_server import RunningServer
 from support.tiny_model import build_tiny_llama
 from unslothd.v1 import service_pb2 as pb
@@ -15,6 +16,26 @@ from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with RunningServer(tmp_path_factory.mktemp("real")) as running:
+        build_tiny_llama(running.model_root / "tiny")
+        yield running
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[RefusingHub]:
+    with RefusingHub() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory, hub: RefusingHub) -> Iterator[RunningServer]:
+    """A server with a spare, of an operator who has a Hub token; its Hub refuses everybody."""
+    folder = tmp_path_factory.mktemp("warm")
+    hub_settings = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hub"), "no_proxy": "*"}
+    with RunningServer(
+        folder,
+        arguments=("--warm-workers", "1", "--verbose"),
+        environment={"HF_TOKEN": OPERATORS_TOKEN, **hub_settings},
+    ) as running:
         build_tiny_llama(running.model_root / "tiny")
         yield running
 

@@ -1,12 +1,9 @@
-"""A second load with real Unsloth on a warm worker: no import phase, and the model works as any other."""
-
-from collections.abc import Iterator
+"""A load with real Unsloth on a warm worker: no import phase, and the model works as any other."""
 
 import pytest
 
-from support.calls import CALL_SECONDS, inline, load, prepare, train
+from support.calls import CALL_SECONDS, inline, prepare, train
 from support.running_server import RunningServer
-from support.tiny_model import build_tiny_llama
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.model_pb2 import LoadProgress
@@ -17,16 +14,8 @@ pytestmark = pytest.mark.timeout(400)
 IMPORT_SECONDS = 150.0
 
 
-@pytest.fixture
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with RunningServer(tmp_path_factory.mktemp("warm"), arguments=("--warm-workers", "1")) as running:
-        build_tiny_llama(running.model_root / "tiny")
-        yield running
-
-
-def test_a_second_load_has_no_import_phase_and_its_model_trains(warm: RunningServer):
+def test_a_load_by_a_spare_has_no_import_phase_and_its_model_trains(warm: RunningServer):
     stub = warm.stub()
-    load(stub, "tiny", max_seq_length=64)  # by the spare that imports since the start
     info = pb.GetServerInfoRequest()
     wait_until(lambda: bool(stub.GetServerInfo(info, timeout=CALL_SECONDS).warm_workers), IMPORT_SECONDS)
 
