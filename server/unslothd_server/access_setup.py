@@ -23,6 +23,7 @@ def call_limits(settings: Settings) -> CallLimits:
         max_request_burst=settings.max_request_burst,
         max_deadline_seconds=settings.max_deadline_seconds,
         upload_idle_seconds=settings.upload_idle_seconds,
+        min_upload_bytes_per_second=settings.min_upload_bytes_per_second,
     )
 
 

@@ -124,6 +124,12 @@ class Settings(BaseModel):
     upload_idle_seconds: float = Field(
         default=60.0, gt=0, description="A call whose sender is silent for so long in its middle is ended."
     )
+    min_upload_bytes_per_second: float = Field(
+        default=10_240.0,
+        ge=0,
+        description="An upload that is slower, over more than upload_idle_seconds of waiting for its sender, is ended; "
+        "0 = none is.",
+    )
     keepalive_seconds: float = Field(
         default=20.0,
         ge=1,

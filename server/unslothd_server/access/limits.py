@@ -27,6 +27,7 @@ class CallLimits:
         max_request_burst: Calls that may come at once after a time without any.
         max_deadline_seconds: Longest deadline of a call.
         upload_idle_seconds: How long a sender may be silent.
+        min_upload_bytes_per_second: Slowest upload, once its sender was waited for longer than that; 0 = any.
     """
 
     max_message_bytes: int
@@ -36,6 +37,7 @@ class CallLimits:
     max_request_burst: int
     max_deadline_seconds: float
     upload_idle_seconds: float
+    min_upload_bytes_per_second: float
 
     def for_caller(self, caller: Caller) -> ServerLimits:
         """As GetServerInfo tells them; what does not hold for this caller is left out."""
@@ -44,6 +46,7 @@ class CallLimits:
             max_inline_bytes=self.max_inline_bytes,
             max_deadline_seconds=self.max_deadline_seconds,
             upload_idle_seconds=self.upload_idle_seconds,
+            min_upload_bytes_per_second=self.min_upload_bytes_per_second,
         )
         if caller.limited:
             told.max_streams = self.max_streams

@@ -1,6 +1,7 @@
 """Takes requests in: within their time and size, decoded, by the rules of the contract."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 
 from google.protobuf.message import DecodeError, Message
@@ -19,10 +20,12 @@ class Intake:
 
     Args:
         limits: What calls may hold.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, limits: CallLimits) -> None:
+    def __init__(self, limits: CallLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
+        self._clock = clock
 
     async def one(self, requests: AsyncIterator[bytes], parse: Parse) -> Message:
         """Returns the request of a call that has one.
@@ -41,8 +44,14 @@ class Intake:
         Raises:
             UnslothdError: As `one`.
         """
+        num_bytes, waited, asked = 0, 0.0, self._clock()
         while (data := await self._next(requests)) is not None:
+            # Only the sender's time: what the server does with a request, or a full disk, makes no upload slow.
+            waited += self._clock() - asked
+            num_bytes += len(data)
+            self._check_pace(num_bytes, waited)
             yield self._checked(data, parse)
+            asked = self._clock()
 
     async def _next(self, requests: AsyncIterator[bytes]) -> bytes | None:
         seconds = self._limits.upload_idle_seconds
@@ -54,6 +63,15 @@ class Intake:
                 ErrorReason.ERROR_REASON_UPLOAD_STALLED,
                 f"Nothing came for {seconds:g} s, so the call was ended and nothing is kept. Send it again.",
             ) from None
+
+    def _check_pace(self, num_bytes: int, waited: float) -> None:
+        least = self._limits.min_upload_bytes_per_second
+        if waited > self._limits.upload_idle_seconds and num_bytes < least * waited:
+            raise AbortedError(
+                ErrorReason.ERROR_REASON_UPLOAD_STALLED,
+                f"{num_bytes} bytes came in {waited:.0f} s; the least is {least:g} a second, so the call was ended and "
+                "nothing is kept. Make the rows first, as a file, and send it over a faster connection.",
+            )
 
     def _checked(self, data: bytes, parse: Parse) -> Message:
         if len(data) > self._limits.max_message_bytes:

@@ -2,6 +2,7 @@
 
 import itertools
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +37,7 @@ LIMITS = {
     "max_queued_trainings": 4,
     "max_deadline_seconds": 600.0,
     "upload_idle_seconds": 0.5,
+    "min_upload_bytes_per_second": 1024.0,
 }
 
 
@@ -153,6 +155,25 @@ def test_an_upload_that_falls_silent_is_ended_and_leaves_nothing(
     with then_silence(*parts) as requests:
         error = error_of(lambda: stub.UploadDataset(requests, metadata=token, timeout=CALL_SECONDS))
     assert (error.code, error.reason) == ("ABORTED", "UPLOAD_STALLED")
+    wait_until(lambda: not list((server.home / "datasets").iterdir()))
+
+
+def test_an_upload_that_drips_is_ended_and_leaves_nothing(
+    server: RunningServer, stub: UnslothServiceStub, token: Metadata
+):
+    def drip() -> Iterator[pb.UploadDatasetRequest]:
+        yield pb.UploadDatasetRequest(header=pb.UploadDatasetHeader(name="drip", format=DataFormat.DATA_FORMAT_JSONL))
+        for _ in range(1000):  # far within upload_idle_seconds each
+            over.wait(0.05)
+            yield pb.UploadDatasetRequest(chunk=b"\n")
+
+    over = threading.Event()
+    try:
+        error = error_of(lambda: stub.UploadDataset(drip(), metadata=token, timeout=CALL_SECONDS))
+    finally:
+        over.set()
+    assert (error.code, error.reason) == ("ABORTED", "UPLOAD_STALLED")
+    assert "1024 a second" in error.message
     wait_until(lambda: not list((server.home / "datasets").iterdir()))
 
 

@@ -18,6 +18,7 @@ LIMITS = CallLimits(
     max_request_burst=3,
     max_deadline_seconds=1.0,
     upload_idle_seconds=1.0,
+    min_upload_bytes_per_second=1.0,
 )
 ALICE, BOB = of_certificate("alice", Scope.SCOPE_READ), of_certificate("bob", Scope.SCOPE_READ)
 

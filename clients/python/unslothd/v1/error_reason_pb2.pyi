@@ -127,8 +127,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_WORKER_UNRESPONSIVE: _ErrorReason.ValueType  # 82
     """ABORTED. The worker did not answer within its deadline."""
     ERROR_REASON_UPLOAD_STALLED: _ErrorReason.ValueType  # 83
-    """ABORTED. The caller sent nothing for ServerLimits.upload_idle_seconds in the middle of an upload, or no request at
-    all; nothing is kept of it.
+    """ABORTED. The caller sent nothing for ServerLimits.upload_idle_seconds in the middle of an upload, or less than
+    ServerLimits.min_upload_bytes_per_second, or no request at all; nothing is kept of it.
     """
     ERROR_REASON_NOT_IMPLEMENTED: _ErrorReason.ValueType  # 90
     """UNIMPLEMENTED. The contract has this call, this server does not serve it yet."""
@@ -252,8 +252,8 @@ ERROR_REASON_TRAINING_CANCELLED: ErrorReason.ValueType  # 81
 ERROR_REASON_WORKER_UNRESPONSIVE: ErrorReason.ValueType  # 82
 """ABORTED. The worker did not answer within its deadline."""
 ERROR_REASON_UPLOAD_STALLED: ErrorReason.ValueType  # 83
-"""ABORTED. The caller sent nothing for ServerLimits.upload_idle_seconds in the middle of an upload, or no request at
-all; nothing is kept of it.
+"""ABORTED. The caller sent nothing for ServerLimits.upload_idle_seconds in the middle of an upload, or less than
+ServerLimits.min_upload_bytes_per_second, or no request at all; nothing is kept of it.
 """
 ERROR_REASON_NOT_IMPLEMENTED: ErrorReason.ValueType  # 90
 """UNIMPLEMENTED. The contract has this call, this server does not serve it yet."""

@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from unslothd.v1 import artifact_pb2 as unslothd_dot_v1_dot_artifact__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dunslothd/v1/server_info.proto\x12\x0bunslothd.v1\x1a\x1aunslothd/v1/artifact.proto\"\xe2\x01\n\x06\x44\x65vice\x12\x16\n\x06\x64\x65vice\x18\x01 \x01(\tR\x06\x64\x65vice\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12,\n\x12total_memory_bytes\x18\x03 \x01(\x03R\x10totalMemoryBytes\x12*\n\x11\x66ree_memory_bytes\x18\x04 \x01(\x03R\x0f\x66reeMemoryBytes\x12%\n\x0butilization\x18\x05 \x01(\x01H\x00R\x0butilization\x88\x01\x01\x12\x1b\n\tmodel_ids\x18\x06 \x03(\tR\x08modelIdsB\x0e\n\x0c_utilization\"\x96\x04\n\x0cServerLimits\x12*\n\x11max_message_bytes\x18\x01 \x01(\x03R\x0fmaxMessageBytes\x12*\n\x11max_dataset_bytes\x18\x02 \x01(\x03R\x0fmaxDatasetBytes\x12*\n\x11max_loaded_models\x18\x03 \x01(\x05R\x0fmaxLoadedModels\x12@\n\x0e\x65xport_formats\x18\x04 \x03(\x0e\x32\x19.unslothd.v1.ExportFormatR\rexportFormats\x12(\n\x10max_inline_bytes\x18\x05 \x01(\x03R\x0emaxInlineBytes\x12\x30\n\x14max_queued_trainings\x18\x06 \x01(\x05R\x12maxQueuedTrainings\x12\x1f\n\x0bmax_streams\x18\x07 \x01(\x05R\nmaxStreams\x12\x35\n\x17max_requests_per_second\x18\x08 \x01(\x01R\x14maxRequestsPerSecond\x12*\n\x11max_request_burst\x18\t \x01(\x05R\x0fmaxRequestBurst\x12\x30\n\x14max_deadline_seconds\x18\n \x01(\x01R\x12maxDeadlineSeconds\x12.\n\x13upload_idle_seconds\x18\x0b \x01(\x01R\x11uploadIdleSeconds\"\xcc\x01\n\x06\x43\x61ller\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12,\n\x04kind\x18\x02 \x01(\x0e\x32\x18.unslothd.v1.Caller.KindR\x04kind\x12(\n\x05scope\x18\x03 \x01(\x0e\x32\x12.unslothd.v1.ScopeR\x05scope\"V\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eKIND_ANONYMOUS\x10\x01\x12\x0e\n\nKIND_TOKEN\x10\x02\x12\x14\n\x10KIND_CERTIFICATE\x10\x03*P\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x0e\n\nSCOPE_READ\x10\x01\x12\x0f\n\x0bSCOPE_TRAIN\x10\x02\x12\x0f\n\x0bSCOPE_ADMIN\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dunslothd/v1/server_info.proto\x12\x0bunslothd.v1\x1a\x1aunslothd/v1/artifact.proto\"\xe2\x01\n\x06\x44\x65vice\x12\x16\n\x06\x64\x65vice\x18\x01 \x01(\tR\x06\x64\x65vice\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12,\n\x12total_memory_bytes\x18\x03 \x01(\x03R\x10totalMemoryBytes\x12*\n\x11\x66ree_memory_bytes\x18\x04 \x01(\x03R\x0f\x66reeMemoryBytes\x12%\n\x0butilization\x18\x05 \x01(\x01H\x00R\x0butilization\x88\x01\x01\x12\x1b\n\tmodel_ids\x18\x06 \x03(\tR\x08modelIdsB\x0e\n\x0c_utilization\"\xd4\x04\n\x0cServerLimits\x12*\n\x11max_message_bytes\x18\x01 \x01(\x03R\x0fmaxMessageBytes\x12*\n\x11max_dataset_bytes\x18\x02 \x01(\x03R\x0fmaxDatasetBytes\x12*\n\x11max_loaded_models\x18\x03 \x01(\x05R\x0fmaxLoadedModels\x12@\n\x0e\x65xport_formats\x18\x04 \x03(\x0e\x32\x19.unslothd.v1.ExportFormatR\rexportFormats\x12(\n\x10max_inline_bytes\x18\x05 \x01(\x03R\x0emaxInlineBytes\x12\x30\n\x14max_queued_trainings\x18\x06 \x01(\x05R\x12maxQueuedTrainings\x12\x1f\n\x0bmax_streams\x18\x07 \x01(\x05R\nmaxStreams\x12\x35\n\x17max_requests_per_second\x18\x08 \x01(\x01R\x14maxRequestsPerSecond\x12*\n\x11max_request_burst\x18\t \x01(\x05R\x0fmaxRequestBurst\x12\x30\n\x14max_deadline_seconds\x18\n \x01(\x01R\x12maxDeadlineSeconds\x12.\n\x13upload_idle_seconds\x18\x0b \x01(\x01R\x11uploadIdleSeconds\x12<\n\x1bmin_upload_bytes_per_second\x18\x0c \x01(\x01R\x17minUploadBytesPerSecond\"\xcc\x01\n\x06\x43\x61ller\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12,\n\x04kind\x18\x02 \x01(\x0e\x32\x18.unslothd.v1.Caller.KindR\x04kind\x12(\n\x05scope\x18\x03 \x01(\x0e\x32\x12.unslothd.v1.ScopeR\x05scope\"V\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eKIND_ANONYMOUS\x10\x01\x12\x0e\n\nKIND_TOKEN\x10\x02\x12\x14\n\x10KIND_CERTIFICATE\x10\x03*P\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x0e\n\nSCOPE_READ\x10\x01\x12\x0f\n\x0bSCOPE_TRAIN\x10\x02\x12\x0f\n\x0bSCOPE_ADMIN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'unslothd.v1.server_info_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOPE']._serialized_start=1047
-  _globals['_SCOPE']._serialized_end=1127
+  _globals['_SCOPE']._serialized_start=1109
+  _globals['_SCOPE']._serialized_end=1189
   _globals['_DEVICE']._serialized_start=75
   _globals['_DEVICE']._serialized_end=301
   _globals['_SERVERLIMITS']._serialized_start=304
-  _globals['_SERVERLIMITS']._serialized_end=838
-  _globals['_CALLER']._serialized_start=841
-  _globals['_CALLER']._serialized_end=1045
-  _globals['_CALLER_KIND']._serialized_start=959
-  _globals['_CALLER_KIND']._serialized_end=1045
+  _globals['_SERVERLIMITS']._serialized_end=900
+  _globals['_CALLER']._serialized_start=903
+  _globals['_CALLER']._serialized_end=1107
+  _globals['_CALLER_KIND']._serialized_start=1021
+  _globals['_CALLER_KIND']._serialized_end=1107
 # @@protoc_insertion_point(module_scope)

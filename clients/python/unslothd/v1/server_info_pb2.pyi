@@ -111,6 +111,7 @@ class ServerLimits(_message.Message):
     MAX_REQUEST_BURST_FIELD_NUMBER: _builtins.int
     MAX_DEADLINE_SECONDS_FIELD_NUMBER: _builtins.int
     UPLOAD_IDLE_SECONDS_FIELD_NUMBER: _builtins.int
+    MIN_UPLOAD_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     max_message_bytes: _builtins.int
     """Largest request message in bytes."""
     max_dataset_bytes: _builtins.int
@@ -131,6 +132,10 @@ class ServerLimits(_message.Message):
     """Longest deadline that a call may have; a call without one is taken."""
     upload_idle_seconds: _builtins.float
     """A call whose sender is silent for so long is ended: an upload between chunks, any call before its request."""
+    min_upload_bytes_per_second: _builtins.float
+    """Slowest that an upload may be, over all the time that the server has waited for its sender once that is more than
+    upload_idle_seconds; 0 = as slow as it likes.
+    """
     @_builtins.property
     def export_formats(self) -> _containers.RepeatedScalarFieldContainer[_artifact_pb2.ExportFormat.ValueType]:
         """Forms that ExportModel can write here; empty = none."""
@@ -149,10 +154,11 @@ class ServerLimits(_message.Message):
         max_request_burst: _builtins.int = ...,
         max_deadline_seconds: _builtins.float = ...,
         upload_idle_seconds: _builtins.float = ...,
+        min_upload_bytes_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["export_formats", b"export_formats", "max_dataset_bytes", b"max_dataset_bytes", "max_deadline_seconds", b"max_deadline_seconds", "max_inline_bytes", b"max_inline_bytes", "max_loaded_models", b"max_loaded_models", "max_message_bytes", b"max_message_bytes", "max_queued_trainings", b"max_queued_trainings", "max_request_burst", b"max_request_burst", "max_requests_per_second", b"max_requests_per_second", "max_streams", b"max_streams", "upload_idle_seconds", b"upload_idle_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["export_formats", b"export_formats", "max_dataset_bytes", b"max_dataset_bytes", "max_deadline_seconds", b"max_deadline_seconds", "max_inline_bytes", b"max_inline_bytes", "max_loaded_models", b"max_loaded_models", "max_message_bytes", b"max_message_bytes", "max_queued_trainings", b"max_queued_trainings", "max_request_burst", b"max_request_burst", "max_requests_per_second", b"max_requests_per_second", "max_streams", b"max_streams", "min_upload_bytes_per_second", b"min_upload_bytes_per_second", "upload_idle_seconds", b"upload_idle_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -128,8 +128,8 @@ const (
 	ErrorReason_ERROR_REASON_TRAINING_CANCELLED ErrorReason = 81
 	// ABORTED. The worker did not answer within its deadline.
 	ErrorReason_ERROR_REASON_WORKER_UNRESPONSIVE ErrorReason = 82
-	// ABORTED. The caller sent nothing for ServerLimits.upload_idle_seconds in the middle of an upload, or no request at
-	// all; nothing is kept of it.
+	// ABORTED. The caller sent nothing for ServerLimits.upload_idle_seconds in the middle of an upload, or less than
+	// ServerLimits.min_upload_bytes_per_second, or no request at all; nothing is kept of it.
 	ErrorReason_ERROR_REASON_UPLOAD_STALLED ErrorReason = 83
 	// UNIMPLEMENTED. The contract has this call, this server does not serve it yet.
 	ErrorReason_ERROR_REASON_NOT_IMPLEMENTED ErrorReason = 90

@@ -253,8 +253,11 @@ type ServerLimits struct {
 	MaxDeadlineSeconds float64 `protobuf:"fixed64,10,opt,name=max_deadline_seconds,json=maxDeadlineSeconds,proto3" json:"max_deadline_seconds,omitempty"`
 	// A call whose sender is silent for so long is ended: an upload between chunks, any call before its request.
 	UploadIdleSeconds float64 `protobuf:"fixed64,11,opt,name=upload_idle_seconds,json=uploadIdleSeconds,proto3" json:"upload_idle_seconds,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// Slowest that an upload may be, over all the time that the server has waited for its sender once that is more than
+	// upload_idle_seconds; 0 = as slow as it likes.
+	MinUploadBytesPerSecond float64 `protobuf:"fixed64,12,opt,name=min_upload_bytes_per_second,json=minUploadBytesPerSecond,proto3" json:"min_upload_bytes_per_second,omitempty"`
+	unknownFields           protoimpl.UnknownFields
+	sizeCache               protoimpl.SizeCache
 }
 
 func (x *ServerLimits) Reset() {
@@ -364,6 +367,13 @@ func (x *ServerLimits) GetUploadIdleSeconds() float64 {
 	return 0
 }
 
+func (x *ServerLimits) GetMinUploadBytesPerSecond() float64 {
+	if x != nil {
+		return x.MinUploadBytesPerSecond
+	}
+	return 0
+}
+
 // Whom the server takes the caller for.
 type Caller struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -441,7 +451,7 @@ const file_unslothd_v1_server_info_proto_rawDesc = "" +
 	"\x11free_memory_bytes\x18\x04 \x01(\x03R\x0ffreeMemoryBytes\x12%\n" +
 	"\vutilization\x18\x05 \x01(\x01H\x00R\vutilization\x88\x01\x01\x12\x1b\n" +
 	"\tmodel_ids\x18\x06 \x03(\tR\bmodelIdsB\x0e\n" +
-	"\f_utilization\"\x96\x04\n" +
+	"\f_utilization\"\xd4\x04\n" +
 	"\fServerLimits\x12*\n" +
 	"\x11max_message_bytes\x18\x01 \x01(\x03R\x0fmaxMessageBytes\x12*\n" +
 	"\x11max_dataset_bytes\x18\x02 \x01(\x03R\x0fmaxDatasetBytes\x12*\n" +
@@ -455,7 +465,8 @@ const file_unslothd_v1_server_info_proto_rawDesc = "" +
 	"\x11max_request_burst\x18\t \x01(\x05R\x0fmaxRequestBurst\x120\n" +
 	"\x14max_deadline_seconds\x18\n" +
 	" \x01(\x01R\x12maxDeadlineSeconds\x12.\n" +
-	"\x13upload_idle_seconds\x18\v \x01(\x01R\x11uploadIdleSeconds\"\xcc\x01\n" +
+	"\x13upload_idle_seconds\x18\v \x01(\x01R\x11uploadIdleSeconds\x12<\n" +
+	"\x1bmin_upload_bytes_per_second\x18\f \x01(\x01R\x17minUploadBytesPerSecond\"\xcc\x01\n" +
 	"\x06Caller\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12,\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x18.unslothd.v1.Caller.KindR\x04kind\x12(\n" +

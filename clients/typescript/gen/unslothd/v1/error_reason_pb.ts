@@ -356,8 +356,8 @@ export enum ErrorReason {
   WORKER_UNRESPONSIVE = 82,
 
   /**
-   * ABORTED. The caller sent nothing for ServerLimits.upload_idle_seconds in the middle of an upload, or no request at
-   * all; nothing is kept of it.
+   * ABORTED. The caller sent nothing for ServerLimits.upload_idle_seconds in the middle of an upload, or less than
+   * ServerLimits.min_upload_bytes_per_second, or no request at all; nothing is kept of it.
    *
    * @generated from enum value: ERROR_REASON_UPLOAD_STALLED = 83;
    */
