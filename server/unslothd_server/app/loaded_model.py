@@ -8,6 +8,7 @@ from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.model_pb2 import LoadProgress, Model
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd_server.app.broadcast import Broadcast
+from unslothd_server.app.memory_reading import MemoryReading
 from unslothd_server.app.model_store import StoredModel
 from unslothd_server.app.ports import Worker
 from unslothd_server.errors import ExhaustedError, PreconditionError, UnslothdError
@@ -25,6 +26,7 @@ class LoadedModel:
         failure: Why it is FAILED.
         bringing_up: Set while a worker is started for it, or waits for memory; what went wrong is its result.
         lacks_memory: How far it is from fitting, while it waits for memory.
+        memory: Asks the worker what memory it holds.
     """
 
     stored: StoredModel
@@ -35,6 +37,7 @@ class LoadedModel:
     bringing_up: "asyncio.Task[Exception | None] | None" = None
     lacks_memory: ExhaustedError | None = None
     watch: "asyncio.Task[None] | None" = None
+    memory: MemoryReading = field(default_factory=MemoryReading)
 
     @property
     def model(self) -> Model:

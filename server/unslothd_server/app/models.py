@@ -40,8 +40,6 @@ log = structlog.get_logger()
 DEFAULT_MAX_SEQ_LENGTH = 2048
 # A server that is started anew serves after about a second; a host needs longer, and clients try again anyway.
 RETRY_AFTER_STOP_SECONDS = 5.0
-# A worker says what memory it holds within milliseconds, or later while it imports or trains; readers do not wait.
-_STATUS_SECONDS = 2.0
 
 
 class Models:
@@ -158,16 +156,16 @@ class Models:
             ) from None
 
     async def describe(self, model_id: str) -> Model:
-        """Returns a model as the API shows it, with the memory that it holds now."""
+        """Returns a model as the API shows it, with the memory that it holds now, or did at most a second ago."""
         return await self._describe(self.get(model_id))
 
     @staticmethod
     async def _describe(entry: LoadedModel) -> Model:
-        if entry.worker is not None and entry.failure is None:
-            with contextlib.suppress(UnslothdError, TimeoutError):
-                async with asyncio.timeout(_STATUS_SECONDS):
-                    status = await entry.worker.status()
-                entry.model.memory_bytes = status.model.memory_bytes
+        worker = entry.worker
+        if worker is not None and entry.failure is None:
+            held = await entry.memory.newer(worker)
+            if held is not None and entry.worker is worker and entry.failure is None:
+                entry.model.memory_bytes = held
         return entry.model
 
     def all(self) -> list[Model]:
