@@ -61,6 +61,8 @@ def lint() -> dict[str, tuple[list[str], Path]]:
 def test() -> dict[str, tuple[list[str], Path]]:
     """Stages that run code: name → command and folder. Names start with "test", their outcomes are counted."""
     pytest = [PYTHON, "-m", "pytest"]
+    by_file = [*pytest, "-n", "2", "--dist", "loadfile"]
+    by_language = [*pytest, "-n", "2", "--dist", "loadgroup"]
     typescript = ROOT / "clients" / "typescript"
     # Real servers with scripted workers: they wait more than they compute.
     scripted = [f"tests/integration/{name}" for name in ("server", "worker", "mcp", "test_demo_pieces.py")]
@@ -68,15 +70,14 @@ def test() -> dict[str, tuple[list[str], Path]]:
     return {
         "test go": (["go", "test", "-v", "./..."], ROOT / "clients" / "go"),
         "test typescript": (["npm", "test", "--silent"], typescript),
-        "test unit": ([*pytest, "-n", "2", "--dist", "loadfile", "tests/unit"], ROOT),
-        "test server": ([*pytest, "-n", "2", "--dist", "loadfile", *scripted], ROOT),
-        "test engine": ([*pytest, "-n", "2", "--dist", "loadfile", "tests/integration/engine"], ROOT),
-        # One at a time: each starts workers that want both cores.
-        "test real": ([*pytest, "tests/integration/real"], ROOT),
+        "test unit": ([*by_file, "tests/unit"], ROOT),
+        "test server": ([*by_file, *scripted], ROOT),
+        "test engine": ([*by_file, "tests/integration/engine"], ROOT),
+        "test real": ([*by_file, "tests/integration/real"], ROOT),
         "test chaos": ([*pytest, "tests/chaos"], ROOT),
         # Without the Rust client, whose build takes a minute that CI does not have: pytest tests/conformance runs it.
         "test conformance": (
-            [*pytest, "tests/conformance", "--ignore=tests/conformance/test_another_language.py"],
+            [*by_language, "tests/conformance", "--ignore=tests/conformance/test_another_language.py"],
             ROOT,
         ),
     }

@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_SECONDS = 600
 
@@ -43,3 +45,5 @@ LANGUAGES = {
         ("npx", "--no-install", "tsc"), ("node", "dist/conformance/adapter.js"), ROOT / "clients" / "typescript"
     ),
 }
+# For tests in several processes: those of one language run in the same one, which builds its adapter once.
+EACH_LANGUAGE = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in LANGUAGES]

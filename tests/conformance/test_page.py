@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance.languages import LANGUAGES, ROOT
+from conformance.languages import EACH_LANGUAGE, LANGUAGES, ROOT
 from conformance.programs import SECONDS, run_go, run_python, run_typescript
 from doubles.fake_worker import fake_row
 from support.calls import prepared_model
@@ -42,7 +42,7 @@ def test_every_block_is_run_or_says_why_it_is_not():
     assert len([each for each in blocks(PAGE) if each.not_run]) == 1
 
 
-@pytest.mark.parametrize("language", RUNNERS)
+@pytest.mark.parametrize("language", EACH_LANGUAGE)
 def test_the_blocks_of_a_language_run(
     language: str, server: RunningServer, secure_server: SecureServer, built: set[str], folder: Path
 ):

@@ -9,6 +9,7 @@ import pytest
 
 from support import engine_runs
 from support.engine_runs import Loaded, LoadTiny, Row
+from support.plain_transformers import Reader, plain_transformers
 from support.tiny_model import build_tiny_llama
 from unslothd_server.engine.unsloth_engine import UnslothEngine
 
@@ -27,6 +28,12 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def in_plain_transformers() -> Iterator[Reader]:
+    with plain_transformers() as reader:
+        yield reader
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 import errno
 import hashlib
-import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 
 from support.engine_runs import Loaded, LoadTiny, Row
+from support.plain_transformers import PROMPT, Reader
 from support.tiny_model import build_tiny_llama
 from unslothd.v1.artifact_pb2 import Artifact, ExportFormat, ExportProgress
 from unslothd.v1.model_pb2 import LoraConfig
@@ -26,27 +24,9 @@ MERGED = ExportFormat.EXPORT_FORMAT_MERGED_16BIT
 MERGED_4BIT = ExportFormat.EXPORT_FORMAT_MERGED_4BIT
 GGUF = ExportFormat.EXPORT_FORMAT_GGUF
 
-PROMPT = "The quick brown fox"
 TRAINING = TrainingConfig(max_steps=4, warmup_steps=0, learning_rate=2e-2)
 # bfloat16 keeps 8 bits: of logits near 1 the rounding of some hundred weights leaves about this.
 BF16_TOLERANCE = 0.03
-
-# What a user does with the export, in a process that never heard of Unsloth.
-PLAIN_LOGITS = """
-import json, sys
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder, prompt = sys.argv[1:]
-model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-stored = str(model.dtype)
-model = model.float().eval()
-with torch.no_grad():
-    logits = model(**AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")).logits[0, -1]
-assert "unsloth" not in sys.modules
-print(json.dumps({"logits": logits.tolist(), "dtype": stored, "tied": model.config.tie_word_embeddings,
-                  "problems": [sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys")]}))
-"""
 
 
 def export(
@@ -69,13 +49,6 @@ def logits_of(loaded: Loaded) -> list[float]:
     model = loaded.torch_model.eval()
     with torch.no_grad():
         return model(**loaded.tokenizer(PROMPT, return_tensors="pt")).logits[0, -1].tolist()
-
-
-def in_plain_transformers(folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-c", PLAIN_LOGITS, str(folder), PROMPT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder.parent, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
 
 
 def bits_of(loaded: Loaded) -> dict[str, str]:
@@ -110,34 +83,39 @@ def trained(prepared: Loaded, texts: list[Row]) -> Loaded:
     ids=["plain", "rslora", "embeddings", "one-layer"],
 )
 def test_a_merged_export_gives_the_logits_of_base_and_adapter_in_plain_transformers(
-    load: LoadTiny, texts: list[Row], lora: LoraConfig
+    in_plain_transformers: Reader, load: LoadTiny, texts: list[Row], lora: LoraConfig
 ) -> None:
     loaded = load()
     untrained = logits_of(loaded)
     loaded.prepare(lora)
     loaded.train(texts, TRAINING)
     plain = in_plain_transformers(Path(export(loaded, MERGED).path))
-    assert plain["dtype"] == "torch.bfloat16"
-    assert plain["problems"] == [[], []]
-    assert plain["logits"] == pytest.approx(logits_of(loaded), abs=BF16_TOLERANCE)
-    assert plain["logits"] != pytest.approx(untrained, abs=5 * BF16_TOLERANCE)
+    assert plain.dtype == "torch.bfloat16"
+    assert plain.problems == ([], [])
+    assert plain.logits == pytest.approx(logits_of(loaded), abs=BF16_TOLERANCE)
+    assert plain.logits != pytest.approx(untrained, abs=5 * BF16_TOLERANCE)
 
 
 @pytest.mark.parametrize(("targets", "stays_tied"), [(["q_proj", "v_proj"], True), (["q_proj", "embed_tokens"], False)])
 def test_tied_embeddings_stay_tied_unless_training_broke_the_tie(
-    load: LoadTiny, texts: list[Row], tmp_path: Path, targets: list[str], stays_tied: bool
+    in_plain_transformers: Reader,
+    load: LoadTiny,
+    texts: list[Row],
+    tmp_path: Path,
+    targets: list[str],
+    stays_tied: bool,
 ) -> None:
     loaded = load(build_tiny_llama(tmp_path / "tied", tie_word_embeddings=True))
     loaded.prepare(LoraConfig(target_modules=targets))
     loaded.train(texts, TRAINING)
     plain = in_plain_transformers(Path(export(loaded, MERGED).path))
-    assert plain["tied"] == stays_tied
-    assert plain["problems"] == [[], []]
-    assert plain["logits"] == pytest.approx(logits_of(loaded), abs=BF16_TOLERANCE)
+    assert plain.tied == stays_tied
+    assert plain.problems == ([], [])
+    assert plain.logits == pytest.approx(logits_of(loaded), abs=BF16_TOLERANCE)
 
 
 def test_a_model_quantised_at_its_load_is_merged_with_the_weights_of_its_folder(
-    load: LoadTiny, texts: list[Row], tiny: Path
+    in_plain_transformers: Reader, load: LoadTiny, texts: list[Row], tiny: Path
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -152,33 +130,35 @@ def test_a_model_quantised_at_its_load_is_merged_with_the_weights_of_its_folder(
     whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), adapter).eval()
     with torch.no_grad():
         logits = whole(**loaded.tokenizer(PROMPT, return_tensors="pt")).logits[0, -1].tolist()
-    assert merged["dtype"] == "torch.bfloat16"
-    assert merged["logits"] == pytest.approx(logits, abs=BF16_TOLERANCE)
+    assert merged.dtype == "torch.bfloat16"
+    assert merged.logits == pytest.approx(logits, abs=BF16_TOLERANCE)
 
 
 def test_a_base_that_exists_in_4_bits_only_is_dequantised(
-    load: LoadTiny, texts: list[Row], monkeypatch: pytest.MonkeyPatch
+    in_plain_transformers: Reader, load: LoadTiny, texts: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_weights, "_base_folder", lambda loaded, base: None)
     loaded = load(load_in_4bit=True)
     loaded.prepare()
     loaded.train(texts, TRAINING)
     plain = in_plain_transformers(Path(export(loaded, MERGED).path))
-    assert plain["dtype"] == "torch.bfloat16"
-    assert plain["logits"] == pytest.approx(logits_of(loaded), abs=BF16_TOLERANCE)
+    assert plain.dtype == "torch.bfloat16"
+    assert plain.logits == pytest.approx(logits_of(loaded), abs=BF16_TOLERANCE)
 
 
-def test_all_trained_weights_are_written_in_16_bits(load: LoadTiny, texts: list[Row]) -> None:
+def test_all_trained_weights_are_written_in_16_bits(
+    in_plain_transformers: Reader, load: LoadTiny, texts: list[Row]
+) -> None:
     loaded = load(full_finetuning=True)
     loaded.prepare()
     loaded.train(texts, TrainingConfig(max_steps=3, warmup_steps=0, learning_rate=1e-3))
     plain = in_plain_transformers(Path(export(loaded, MERGED).path))
-    assert plain["dtype"] == "torch.bfloat16"
-    assert plain["logits"] == pytest.approx(logits_of(loaded), abs=BF16_TOLERANCE)
+    assert plain.dtype == "torch.bfloat16"
+    assert plain.logits == pytest.approx(logits_of(loaded), abs=BF16_TOLERANCE)
 
 
 def test_a_large_model_is_written_in_several_files_that_load_as_one(
-    trained: Loaded, monkeypatch: pytest.MonkeyPatch
+    in_plain_transformers: Reader, trained: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_writer, "MAX_SHARD_BYTES", 100_000)
     artifact = export(trained, MERGED)
@@ -187,7 +167,7 @@ def test_a_large_model_is_written_in_several_files_that_load_as_one(
     assert len(shards) > 2
     assert "model.safetensors.index.json" in names
     plain = in_plain_transformers(Path(artifact.path))
-    assert plain["logits"] == pytest.approx(logits_of(trained), abs=BF16_TOLERANCE)
+    assert plain.logits == pytest.approx(logits_of(trained), abs=BF16_TOLERANCE)
 
 
 def test_an_export_changes_no_bit_of_the_model_which_trains_and_generates_afterwards(
@@ -212,11 +192,11 @@ def test_an_adapter_export_is_the_adapter_and_its_tokenizer(trained: Loaded) -> 
     assert not [name for name in names if name.startswith(("model", "README", "optimizer"))]
 
 
-def test_an_exported_adapter_loads_again(trained: Loaded, load: LoadTiny) -> None:
+def test_an_exported_adapter_loads_again(trained: Loaded, in_plain_transformers: Reader, load: LoadTiny) -> None:
     again = load(export(trained, ADAPTER).path)
     assert logits_of(again) == pytest.approx(logits_of(trained), abs=1e-6)
     merged = export(again, MERGED, name="merged")
-    assert in_plain_transformers(Path(merged.path))["logits"] == pytest.approx(logits_of(again), abs=BF16_TOLERANCE)
+    assert in_plain_transformers(Path(merged.path)).logits == pytest.approx(logits_of(again), abs=BF16_TOLERANCE)
 
 
 @pytest.mark.parametrize("full_finetuning", [False, True])

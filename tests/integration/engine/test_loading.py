@@ -1,15 +1,14 @@
 """Loading, the adapter, and what is told about both."""
 
+import gc
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support.engine_runs import Loaded, LoadTiny, Row
+from support.plain_transformers import PROMPT, Reader
 from support.tiny_gguf import write_gguf
 from support.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, build_tiny_llama
 from unslothd.v1.model_pb2 import LoadProgress, LoraConfig
@@ -30,6 +29,11 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 def test_the_import_tells_the_versions(versions: dict[str, str]) -> None:
     assert versions.keys() == {"unsloth", "torch", "transformers", "trl", "peft", "bitsandbytes"}
     assert all(versions.values())
+
+
+def test_what_was_imported_is_walked_by_no_garbage_collection(versions: dict[str, str]) -> None:
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 100_000
 
 
 def test_a_folder_is_loaded_and_described(load: LoadTiny) -> None:
@@ -253,23 +257,6 @@ def test_all_weights_can_be_trained(load: LoadTiny, texts: list[Row]) -> None:
 
 # ── the saved adapter ──
 
-PROMPT = "The quick brown fox"
-
-PLAIN_LOGITS = """
-import json, sys
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base, adapter, prompt = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(adapter)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-with torch.no_grad():
-    logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
-assert "unsloth" not in sys.modules
-print(json.dumps(logits.tolist()))
-"""
-
 
 def logits_of(loaded: Loaded) -> list[float]:
     import torch
@@ -286,14 +273,10 @@ def trained(prepared: Loaded, texts: list[Row]) -> tuple[Loaded, Path]:
 
 
 def test_the_saved_adapter_gives_the_same_logits_in_plain_transformers_and_peft(
-    trained: tuple[Loaded, Path], tiny: Path, tmp_path: Path
+    in_plain_transformers: Reader, trained: tuple[Loaded, Path], tiny: Path
 ) -> None:
     loaded, final = trained
-    command = [sys.executable, "-c", PLAIN_LOGITS, str(tiny), str(final), PROMPT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    plain: list[Any] = json.loads(done.stdout)
-    assert plain == pytest.approx(logits_of(loaded), abs=1e-5)
+    assert in_plain_transformers(final, tiny).logits == pytest.approx(logits_of(loaded), abs=1e-5)
     assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny)
 
 

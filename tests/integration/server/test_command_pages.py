@@ -57,7 +57,7 @@ def held(stub: UnslothServiceStub, model_id: str, folder: Path) -> Iterator[tupl
     rows = inline([fake_row(steps=41, gate=str(gate))])
     events = train(stub, model_id, rows, training_config=TrainingConfig(save_steps=40))
     try:
-        training_id = next(events).training_id
+        training_id = next(event.training_id for event in events if event.HasField("checkpoint_saved"))
         wait_until(lambda: gate.is_reached(41))
         yield training_id, gate.open_all
     finally:
