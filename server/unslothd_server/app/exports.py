@@ -11,6 +11,7 @@ import structlog
 
 from unslothd.v1.artifact_pb2 import Artifact, ExportFormat, ExportProgress
 from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd.v1.server_info_pb2 import Device
 from unslothd.v1.service_pb2 import ExportModelRequest, ExportModelResponse
 from unslothd.worker.v1 import worker_service_pb2 as worker_pb2
 from unslothd_server import disk
@@ -84,9 +85,9 @@ class Exports:
         self._running: dict[bytes, ExportRun] = {}
         self._closing = False
 
-    def formats(self) -> "Sequence[ExportFormat.ValueType]":
-        """The forms that can be written here."""
-        return export_formats([device.device for device in self._models.devices()])
+    def formats(self, devices: Sequence[Device]) -> "Sequence[ExportFormat.ValueType]":
+        """The forms that can be written on a host with these devices."""
+        return export_formats([device.device for device in devices])
 
     def running_on(self, model_id: str) -> list[ExportRun]:
         """The exports that a loaded model writes, or will."""
@@ -107,7 +108,7 @@ class Exports:
         """Refuses what can be refused at once; else begins."""
         if self._closing:
             raise stopping()
-        check_export(request, self.formats())
+        check_export(request, self.formats(self._models.devices()))
         source, beside = self._source(request)
         folder = self._folder(request, beside)
         try:

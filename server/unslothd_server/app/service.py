@@ -45,14 +45,15 @@ class Service:
 
     def server_info(self) -> GetServerInfoResponse:
         """Versions, devices and the limits of what is stored and loaded."""
+        devices = self.models.devices()
         return GetServerInfoResponse(
             server_version=__version__,
             engine_versions=_engine_versions(),
-            devices=self.models.devices(),
+            devices=devices,
             limits=ServerLimits(
                 max_dataset_bytes=self.datasets.max_bytes,
                 max_loaded_models=self.max_loaded_models,
-                export_formats=self.exports.formats(),
+                export_formats=self.exports.formats(devices),
                 max_queued_trainings=self.max_queued_trainings,
             ),
             warm_workers=self.warm_workers.num_ready,

@@ -4,6 +4,7 @@ import ipaddress
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -65,7 +66,7 @@ class Gate:
             UnslothdError: TOKEN_MISSING, TOKEN_UNKNOWN, TOKEN_EXPIRED, INSUFFICIENT_SCOPE, TOO_MANY_REQUESTS,
                 TOO_MANY_STREAMS or DEADLINE_TOO_LONG.
         """
-        caller = record.caller = callers.anonymous(_address(context), Scope.SCOPE_UNSPECIFIED)
+        caller = record.caller = callers.anonymous(_host_of(context.peer()), Scope.SCOPE_UNSPECIFIED)
         try:
             caller = record.caller = self._identify(context)
         finally:  # whoever guesses is counted too
@@ -95,7 +96,7 @@ class Gate:
             raise UnauthenticatedError(
                 ErrorReason.ERROR_REASON_TOKEN_MISSING, f"This server asks who calls, and there is no token. {_HOW}"
             )
-        return callers.anonymous(_address(context), Scope.SCOPE_ADMIN)
+        return callers.anonymous(_host_of(context.peer()), Scope.SCOPE_ADMIN)
 
     def _bearer(self, authorization: list[str | bytes]) -> Caller:
         scheme, _, secret = str(authorization[0]).partition(" ")
@@ -163,9 +164,10 @@ def _certificate_subject(context: Context) -> str:
     return ""
 
 
-def _address(context: Context) -> str:
+@lru_cache(1024)  # the same for all calls of a connection
+def _host_of(peer: str) -> str:
     """The IP address of the other end, "local" for this host."""
-    kind, _, rest = unquote(context.peer()).partition(":")
+    kind, _, rest = unquote(peer).partition(":")
     if kind not in {"ipv4", "ipv6"}:
         return callers.LOCAL
     address = ipaddress.ip_address(rest.rpartition(":")[0].strip("[]").partition("%")[0])
