@@ -30,7 +30,7 @@ from unslothd_server.config import Settings
 from unslothd_server.config_sources import ConfigError, load_settings
 from unslothd_server.errors import ExhaustedError
 from unslothd_server.flags import with_setting_flags
-from unslothd_server.hardening import harden_process
+from unslothd_server.hardening import close_to_debuggers, harden_process
 from unslothd_server.home_lock import HomeLock, HomeTakenError
 from unslothd_server.monitoring import Monitoring
 from unslothd_server.rpc.server import RpcServer
@@ -97,6 +97,8 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_
         worker_command: How a worker is started, without its folder; tests start doubles.
     """
     harden_process()
+    if not settings.allow_debuggers:
+        close_to_debuggers()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -61,6 +61,11 @@ class Settings(BaseModel):
     allow_insecure_listen: bool = Field(
         default=False, description="Serve without TLS on an address that other hosts can reach."
     )
+    allow_debuggers: bool = Field(
+        default=False,
+        description="Let debuggers and profilers of the server's own user in. Without it only root can read the "
+        "server's memory and environment.",
+    )
     tls_cert: AbsolutePath | None = Field(
         default=None, description="PEM file with the server's certificate and those between it and its authority."
     )

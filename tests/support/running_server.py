@@ -60,6 +60,8 @@ class RunningServer:
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(sys.path),
                     "UNSLOTHD_CONFIG": "",  # no file of this machine
+                    # Tests count its open files, which a user who is not root could not.
+                    "UNSLOTHD_ALLOW_DEBUGGERS": "no" if os.geteuid() == 0 else "yes",
                     "UNSLOTHD_WARM_WORKERS": "0",  # an import costs CPU that tests need; --warm-workers has them
                     **(environment or {}),
                 },
