@@ -71,7 +71,7 @@ def test() -> dict[str, tuple[list[str], Path]]:
         "test go": (["go", "test", "-v", "./..."], ROOT / "clients" / "go"),
         "test typescript": (["npm", "test", "--silent"], typescript),
         "test unit": ([*by_file, "tests/unit"], ROOT),
-        "test server": ([*by_file, *scripted], ROOT),
+        "test server": ([*pytest, "-n", "3", "--dist", "loadfile", *scripted], ROOT),
         "test engine": ([*by_file, "tests/integration/engine"], ROOT),
         "test real": ([*by_file, "tests/integration/real"], ROOT),
         "test chaos": ([*pytest, "tests/chaos"], ROOT),

@@ -88,3 +88,10 @@ def test_the_container_sets_variables_that_the_server_reads():
     assert names
     assert names <= {variable_of(name) for name in Settings.model_fields}
     assert instructions("ENTRYPOINT") == ['["unslothd", "serve"]']
+
+
+def test_packages_are_compiled_where_they_are_installed_for_a_user_that_cannot_write_there():
+    page = (PACKAGING.parent / "docs" / "operations.md").read_text()
+    installs = [each for each in [*instructions("RUN"), *page.splitlines()] if "uv pip install" in each]
+    assert len(installs) == 3
+    assert all("--compile-bytecode" in each for each in installs)
