@@ -18,21 +18,20 @@ import argparse
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 import _ghz
 import psutil
-from _common import HERE, Figures, columns, environment, options_parser, run, say, spread
+from _common import HERE, Figures, environment, options_parser, run, say
 from _ghz import Call
+from _load_figures import Period, compared, table
 
 import support.calls
 from support.calls import load, prepare, train, watch
@@ -41,11 +40,9 @@ from support.running_server import RunningServer
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
-from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import TrainingConfig
 
 MODEL_SECONDS = 900
-SETTLE_SECONDS = 2.0  # the first of a period, which do not count
 STREAM_SECONDS = 5.0
 WARM_UP_STEPS = 20
 ENDLESS_STEPS = 1_000_000
@@ -82,25 +79,6 @@ def cores(text: str) -> set[int]:
     """The numbers that a list of cores names."""
     ranges = [part.partition("-") for part in text.split(",")]
     return set(chain(*(range(int(first), int(last or first) + 1) for first, _, last in ranges)))
-
-
-@dataclass
-class Period:
-    """A stretch of time, and what CPU it took.
-
-    Args:
-        loaded: Calls came as fast as they could.
-        begin: Seconds of the epoch.
-        end: Seconds of the epoch.
-        cpu: Seconds of CPU time of the processes "worker" and "server".
-        calls: How the calls went.
-    """
-
-    loaded: bool
-    begin: float
-    end: float
-    cpu: dict[str, float]
-    calls: dict[str, Figures]
 
 
 def measure(options: argparse.Namespace) -> Figures:
@@ -147,12 +125,13 @@ def _measured(server: RunningServer, model: Path, ghz: str, folder: Path, option
             say(f"load: round {number} of {options.rounds}")
             begin, before = time.time(), _cpu(processes)
             told = _ghz.load(ghz, server.target, calls, options.load_seconds, options.concurrency, folder)
-            periods.append(Period(True, begin, time.time(), _cpu_since(before, processes), told))
+            cpu, end = _cpu_since(before, processes), time.time()
+            periods.append(Period(True, begin, end, options.load_seconds, cpu, told))
             periods.append(_alone(processes, options.alone_seconds))
     events = list(watch(stub, running))
     if [event.sequence for event in events] != list(range(1, len(events) + 1)):
         raise RuntimeError("events are missing in the log of the training")
-    return _compared(events, periods, options)
+    return {"options": {key: str(value) for key, value in vars(options).items()}} | compared(events, periods)
 
 
 def _worker_of(server: RunningServer) -> psutil.Process:
@@ -215,7 +194,7 @@ def _calls(model_id: str, over: str, running: str, names: list[str]) -> dict[str
 def _alone(processes: dict[str, psutil.Process], seconds: float) -> Period:
     begin, before = time.time(), _cpu(processes)
     time.sleep(seconds)
-    return Period(False, begin, time.time(), _cpu_since(before, processes), {})
+    return Period(False, begin, time.time(), seconds, _cpu_since(before, processes), {})
 
 
 def _cpu(processes: dict[str, psutil.Process]) -> dict[str, float]:
@@ -224,83 +203,6 @@ def _cpu(processes: dict[str, psutil.Process]) -> dict[str, float]:
 
 def _cpu_since(before: dict[str, float], processes: dict[str, psutil.Process]) -> dict[str, float]:
     return {name: seconds - before[name] for name, seconds in _cpu(processes).items()}
-
-
-def _compared(events: list[TrainingEvent], periods: list[Period], options: argparse.Namespace) -> Figures:
-    at = [event.event_time.ToNanoseconds() / 1e9 for event in events if event.HasField("step")]
-    steps = [_durations(at, period) for period in periods]
-    by_load = {
-        name: [each for each, period in zip(steps, periods, strict=True) if period.loaded == (name == "under load")]
-        for name in ("alone", "under load")
-    }
-    draws = random.Random(0)
-
-    def draw(name: str) -> float:
-        """Periods first, then steps of these: what differs between periods counts as much as it should."""
-        drawn = draws.choices(by_load[name], k=len(by_load[name]))
-        return statistics.median(chain(*(draws.choices(durations, k=len(durations)) for durations in drawn)))
-
-    ratios = sorted(100 * (draw("under load") / draw("alone") - 1) for _ in range(2000))
-    medians = {name: statistics.median(chain(*each)) for name, each in by_load.items()}
-    return {
-        "options": {key: str(value) for key, value in vars(options).items()},
-        "periods": [_told(period, each, at) for period, each in zip(periods, steps, strict=True)],
-        "median_step_ms": {name: round(1000 * value, 2) for name, value in medians.items()},
-        "change_percent": round(100 * (medians["under load"] / medians["alone"] - 1), 2),
-        "change_percent_95": [round(ratios[50], 2), round(ratios[-50], 2)],
-        "errors": sum(each["errors"] for period in periods for each in period.calls.values()),
-    }
-
-
-def _durations(at: list[float], period: Period) -> list[float]:
-    inside = [moment for moment in at if period.begin + SETTLE_SECONDS <= moment <= period.end]
-    return [after - before for before, after in pairwise(inside)]
-
-
-def _told(period: Period, durations: list[float], at: list[float]) -> Figures:
-    seconds = period.end - period.begin
-    steps = sum(period.begin <= moment <= period.end for moment in at)
-    return {
-        "period": "under load" if period.loaded else "alone",
-        "seconds": round(seconds, 1),
-        "steps": len(durations),
-        "step_ms": spread([1000 * each for each in durations]),
-        "worker_cpu_ms_a_step": round(1000 * period.cpu["worker"] / steps, 2),
-        "server_cpu_percent": round(100 * period.cpu["server"] / seconds, 1),
-        "calls": period.calls,
-    }
-
-
-def table(figures: Figures) -> str:
-    """For people."""
-    head = ["", "seconds", "steps", "median ms", "p95", "p99", "worker's CPU ms a step", "server's CPU"]
-    rows = [
-        [
-            each["period"],
-            each["seconds"],
-            each["steps"],
-            *(each["step_ms"][name] for name in ("median", "p95", "p99")),
-            each["worker_cpu_ms_a_step"],
-            f"{each['server_cpu_percent']} %",
-        ]
-        for each in figures["periods"]
-    ]
-    low, high = figures["change_percent_95"]
-    return "\n\n".join(
-        [
-            columns(head, rows),
-            columns(["under load", "calls", "a second", "p50 ms", "p95", "p99", "ends"], _call_rows(figures)),
-            f"a step takes {figures['change_percent']} % more under load (95 %: {low} to {high}); "
-            f"{figures['errors']} calls failed",
-        ]
-    )
-
-
-def _call_rows(figures: Figures) -> Iterator[list[object]]:
-    for period in figures["periods"]:
-        for name, call in period["calls"].items():
-            ends = ", ".join(f"{count} {code}" for code, count in call["ends"].items())
-            yield [name, call["calls"], call["calls_per_second"], *call["ms"].values(), ends]
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ class InMemoryWorker:
         self.is_deaf = False
         self.is_stuck = False
         self.hangs = False
+        self.status_calls = 0
         self.end: asyncio.Future[WorkerExit] = asyncio.get_running_loop().create_future()
 
     @property
@@ -221,6 +222,7 @@ class Grip:
     async def status(self) -> pb.GetStatusResponse:
         """What it is doing."""
         worker = await self._reach()
+        worker.status_calls += 1
         status = pb.GetStatusResponse(training_active=worker.active is not None)
         status.seconds_since_progress = 3600 if worker.hangs else 0
         if worker.model is not None:

@@ -1,11 +1,16 @@
 """What memory a worker holds is asked seldom: the answer takes the interpreter from the training in that process."""
 
 import asyncio
+from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
+from support.app_in_memory import AppInMemory, write_model
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.model_pb2 import Model
 from unslothd.worker.v1.worker_service_pb2 import GetStatusResponse
+from unslothd_server.app import memory_reading
 from unslothd_server.app.memory_reading import MemoryReading
 from unslothd_server.errors import AbortedError
 
@@ -76,5 +81,24 @@ def test_a_dead_worker_says_nothing() -> None:
         asked = Asked()
         asked.worker.is_dead = True
         assert await asked.newer() is None
+
+    asyncio.run(run())
+
+
+def test_reading_models_reaches_the_worker_once_however_often_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_reading, "_ASK_AGAIN_SECONDS", 3600)
+
+    async def run() -> None:
+        write_model(tmp_path / "roots" / "m")
+        app = AppInMemory(tmp_path)
+        app.host.memory_bytes = 5
+        await app.start()
+        model_id = await app.prepared_model()
+        at_once = await asyncio.gather(*(app.models.describe(model_id) for _ in range(50)))
+        assert [model.memory_bytes for model in at_once] == [5] * 50
+        assert [[model.memory_bytes for model in await app.models.describe_all()] for _ in range(50)] == [[5]] * 50
+        assert app.worker.status_calls == 1
 
     asyncio.run(run())
