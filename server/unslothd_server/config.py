@@ -38,6 +38,8 @@ def split_paths(value: object) -> object:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
+# Without links: workers refuse rows that a link leads to.
+RealPath = Annotated[Path, AfterValidator(lambda path: _absolute(path).resolve())]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Folders = Annotated[tuple[AbsolutePath, ...], BeforeValidator(split_paths)]
 
@@ -49,7 +51,7 @@ class Settings(BaseModel):
     # Name → where the value came from, for settings that are not at their defaults.
     _sources: dict[str, str] = PrivateAttr(default_factory=dict[str, str])
 
-    home: AbsolutePath = Field(
+    home: RealPath = Field(
         default=Path("~/.unslothd"), description="Folder for the server's state: workers, trainings, datasets."
     )
     output_root: AbsolutePath = Field(

@@ -16,6 +16,13 @@ def access_findings(settings: Settings) -> Iterator[Finding]:
         text = f"{settings.tls_cert} is good for {days} more days"
         mend = "Renew it and replace the files; the server takes them without a restart."
         yield warning("certificate", text, mend) if days < SOON_DAYS else ok("certificate", text)
+    host, _ = split_address(settings.listen)
+    if settings.tls_cert is None and settings.asks_who_calls and not is_loopback(host):
+        mend = "Use --tls-cert and --tls-key, unless something before the server speaks TLS: docs/access.md."
+        yield warning("callers' tokens", f"they cross the network to {host} in the clear", mend)
+    tokens = TokenFile(settings.home).path
+    if tokens.exists() and tokens.stat().st_mode & 0o077:
+        yield warning("file of tokens", f"other users can use {tokens}: names, scopes, hashes", f"chmod 600 {tokens}")
 
 
 def _callers(settings: Settings) -> Finding:

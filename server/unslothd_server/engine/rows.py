@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from unslothd.v1.dataset_pb2 import DatasetSource, HubDataset
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd_server.engine import hub
+from unslothd_server.engine.pinned_file import check_in_place, name_of, open_pinned
 from unslothd_server.errors import DatasetError, NotFoundError, UnslothdError
 
 Row = dict[str, Any]
@@ -48,6 +50,7 @@ def open_rows(source: DatasetSource) -> RowSource:
 
     Raises:
         NotFoundError: DATASET_NOT_FOUND.
+        PermissionDeniedError: What lies at the path is not what the server checked (PATH_NOT_ALLOWED).
         DatasetError: DATASET_EMPTY, or DATASET_ROW for one of the first rows.
         UnavailableError, PermissionDeniedError: The Hub.
     """
@@ -67,11 +70,19 @@ def open_rows(source: DatasetSource) -> RowSource:
 
 
 def _path_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
-    if not path.exists():
-        raise _not_found(f"There is no file or folder {path}.")
     if path.is_dir():
+        check_in_place(path)
         return _folder_rows(path)
-    match path.suffix.lower():
+    try:
+        file = open_pinned(path)
+    except FileNotFoundError:
+        raise _not_found(f"There is no file or folder {path}.") from None
+    columns, rows = _file_rows(name_of(file), path.name)
+    return columns, _while_open(file, rows)
+
+
+def _file_rows(path: Path, name: str) -> tuple[list[str], Iterator[Row]]:
+    match Path(name).suffix.lower():
         case ".jsonl":
             return [], _jsonl_rows(path)
         case ".json":
@@ -79,11 +90,16 @@ def _path_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
         case ".csv":
             return _csv_rows(path)
         case ".parquet":
-            return _parquet_rows(path)
+            return _parquet_rows(path, name)
         case ".arrow":
-            return _arrow_rows(path)
+            return _arrow_rows(path, name)
         case _:
-            raise _not_found(f"{path.name} is not a kind of file that is read; it must end in {', '.join(FILE_KINDS)}.")
+            raise _not_found(f"{name} is not a kind of file that is read; it must end in {', '.join(FILE_KINDS)}.")
+
+
+def _while_open(file: BufferedReader, rows: Iterator[Row]) -> Iterator[Row]:
+    with file:
+        yield from rows
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -151,19 +167,19 @@ def _bad_csv(number: int, error: Exception) -> DatasetError:
     return row_error(number, f"the CSV cannot be read ({error}){hint}")
 
 
-def _parquet_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
+def _parquet_rows(path: Path, name: str) -> tuple[list[str], Iterator[Row]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise row_error(1, f"{path.name} is not a Parquet file ({error})") from None
+        raise row_error(1, f"{name} is not a Parquet file ({error})") from None
     batches = file.iter_batches(batch_size=1024)
     return list(file.schema_arrow.names), (row for batch in batches for row in batch.to_pylist())
 
 
-def _arrow_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
+def _arrow_rows(path: Path, name: str) -> tuple[list[str], Iterator[Row]]:
     import pyarrow
 
     mapped = pyarrow.memory_map(str(path))
@@ -174,7 +190,7 @@ def _arrow_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
         try:
             reader = pyarrow.ipc.open_file(mapped)
         except pyarrow.ArrowInvalid as error:
-            raise row_error(1, f"{path.name} is neither an Arrow stream nor an Arrow file ({error})") from None
+            raise row_error(1, f"{name} is neither an Arrow stream nor an Arrow file ({error})") from None
         batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
     return list(reader.schema.names), (row for batch in batches for row in _batch_rows(batch))
 

@@ -46,3 +46,17 @@ def test_client_certificates_are_enough_unless_the_scope_says_otherwise(tmp_path
 def test_a_certificate_that_ends_soon_is_told(tmp_path: Path):
     cert, key = Authority(tmp_path / "authority").server("soon", starts_in=-timedelta(days=20))
     assert ("certificate", "warning") in found(tmp_path, tls_cert=cert, tls_key=key)
+
+
+def test_tokens_that_cross_the_network_in_the_clear_are_told(tmp_path: Path):
+    TokenFile(tmp_path).create("alice", Scope.SCOPE_READ, None)
+    behind_a_proxy = {"listen": "0.0.0.0:1", "allow_insecure_listen": True, "require_identity": "yes"}
+    assert found(tmp_path, **behind_a_proxy) == [("callers", "ok"), ("callers' tokens", "warning")]
+    assert found(tmp_path, require_identity="yes") == [("callers", "ok")]
+
+
+def test_a_file_of_tokens_that_others_can_read_is_told(tmp_path: Path):
+    TokenFile(tmp_path).create("alice", Scope.SCOPE_READ, None)
+    assert ("file of tokens", "warning") not in found(tmp_path)
+    (tmp_path / "tokens.json").chmod(0o644)
+    assert ("file of tokens", "warning") in found(tmp_path)

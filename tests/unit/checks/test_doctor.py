@@ -41,6 +41,7 @@ def test_warnings_alone_end_with_0_and_the_json_has_every_finding(tmp_path: Path
         "Hub",
         "clock",
         "open files",
+        "callers",
     } <= names
     assert all(finding["mend"] for finding in report["findings"] if finding["level"] != "ok")
     assert list(tmp_path.iterdir()) == []

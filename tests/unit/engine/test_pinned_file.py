@@ -1,0 +1,79 @@
+"""Rows of a file that was swapped between the server's look and the worker's: another file is never read."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from unslothd.v1.dataset_pb2 import DatasetSource
+from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd_server.engine.rows import ROWS_FOR_COLUMNS, open_rows
+from unslothd_server.errors import PermissionDeniedError
+
+SECRET = {"text": "secret"}
+ROWS = [{"text": f"row {number}"} for number in range(ROWS_FOR_COLUMNS * 2)]
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    folder = tmp_path / "others"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(json.dumps(SECRET))
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """As the server found it: a real path below a root."""
+    folder = tmp_path / "root" / "data"
+    folder.mkdir(parents=True)
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return folder / "rows.jsonl"
+
+
+def by_a_link(rows: Path, secret: Path) -> None:
+    rows.unlink()
+    rows.symlink_to(secret)
+
+
+def by_a_link_to_its_folder(rows: Path, secret: Path) -> None:
+    rows.parent.rename(rows.parent.with_name("moved"))
+    rows.parent.symlink_to(secret.parent)
+
+
+def by_a_pipe(rows: Path, secret: Path) -> None:
+    rows.unlink()
+    os.mkfifo(rows)
+
+
+@pytest.mark.parametrize("swap", [by_a_link, by_a_link_to_its_folder, by_a_pipe])
+def test_a_file_that_was_swapped_is_refused(rows: Path, secret: Path, swap: Callable[[Path, Path], None]):
+    swap(rows, secret)
+    with pytest.raises(PermissionDeniedError, match="was replaced after the server had checked it") as caught:
+        open_rows(DatasetSource(path=str(rows)))
+    assert caught.value.reason == ErrorReason.ERROR_REASON_PATH_NOT_ALLOWED
+
+
+@pytest.mark.parametrize("swap", [by_a_link, by_a_link_to_its_folder])
+def test_a_file_that_is_swapped_while_it_is_read_is_read_to_its_own_end(
+    rows: Path, secret: Path, swap: Callable[[Path, Path], None]
+):
+    found = open_rows(DatasetSource(path=str(rows)))
+    swap(rows, secret)
+    assert list(found.rows) == ROWS
+
+
+def test_a_csv_is_swapped_between_its_header_and_its_rows(rows: Path, secret: Path):
+    table = rows.with_suffix(".csv")
+    table.write_text("text\n" + "\n".join(row["text"] for row in ROWS))
+    found = open_rows(DatasetSource(path=str(table)))
+    by_a_link(table, secret)
+    assert list(found.rows) == ROWS
+
+
+def test_a_folder_that_a_link_leads_to_by_now_is_refused(rows: Path, secret: Path):
+    by_a_link_to_its_folder(rows, secret)
+    with pytest.raises(PermissionDeniedError, match="was replaced"):
+        open_rows(DatasetSource(path=str(rows.parent)))
