@@ -148,17 +148,26 @@ class _Run:
     async def _keep_models(self, stub: UnslothServiceStub) -> None:
         """There is a prepared model again when requests have unloaded it; and it is known what else there is."""
         models = (await stub.ListModels(pb.ListModelsRequest(), timeout=60)).models
-        for name in MODELS if not models else ():
-            async for response in stub.LoadModel(pb.LoadModelRequest(model_name=name), timeout=60):
-                if response.HasField("model"):
-                    self._known.models.append(response.model.model_id)
         if not models:
-            request = pb.PrepareForTrainingRequest(model_id=self._known.models[-2])
-            await stub.PrepareForTraining(request, timeout=60)
+            try:
+                await self._load_models(stub)
+            except grpc.RpcError as error:
+                # Another request has unloaded one meanwhile; the next look loads it again.
+                if error.code() not in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):
+                    raise
         self._known.models[:] = [model.model_id for model in models] or self._known.models
         stored = (await stub.ListTrainings(pb.ListTrainingsRequest(page_size=1000), timeout=60)).trainings
         if self._known.may_store and len(stored) >= MAX_TRAININGS:
             self._known.may_store = False
+
+    async def _load_models(self, stub: UnslothServiceStub) -> None:
+        loaded: list[str] = []
+        for name in MODELS:
+            async for response in stub.LoadModel(pb.LoadModelRequest(model_name=name), timeout=60):
+                if response.HasField("model"):
+                    loaded.append(response.model.model_id)
+        self._known.models.extend(loaded)
+        await stub.PrepareForTraining(pb.PrepareForTrainingRequest(model_id=loaded[0]), timeout=60)
 
     async def _settle(self, stub: UnslothServiceStub) -> None:
         """Ends what runs, so that the last look sees a server at rest."""
