@@ -6,6 +6,7 @@ the device and not the host is the limit, and recomputing activations pays only 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import fmean
 
 import numpy as np
@@ -47,6 +48,7 @@ class PassCost:
         num_bytes: Memory beyond what is held between passes, whatever its size.
         bytes_per_token: What each token adds.
         most_tokens: Of the largest pass that was run; nothing is known of larger ones.
+        recorded: Launches are recorded (CUDA graphs), and every shape that was run keeps the memory of its pass.
     """
 
     joined: bool
@@ -56,6 +58,7 @@ class PassCost:
     num_bytes: float
     bytes_per_token: float
     most_tokens: int
+    recorded: bool = False
 
     def time(self, tokens: int) -> float:
         """Seconds of a pass."""
@@ -65,9 +68,22 @@ class PassCost:
         """Bytes of a pass at its peak."""
         return self.num_bytes + self.bytes_per_token * tokens
 
+    def memory_of(self, split: Split, sizes: "StepSizes") -> float:
+        """Bytes at the peak of a training that is split so; infinite where more shapes may come than are recorded."""
+        if not self.recorded:
+            return self.memory(split.tokens)
+        tokens = sizes.recorded_tokens(split.tokens)
+        return inf if tokens is None else self.memory(tokens)
+
     @classmethod
     def through(
-        cls, joined: bool, checkpointing: bool, small: tuple[int, float, float], large: tuple[int, float, float]
+        cls,
+        joined: bool,
+        checkpointing: bool,
+        small: tuple[int, float, float],
+        large: tuple[int, float, float],
+        *,
+        recorded: bool = False,
     ) -> "PassCost":
         """The lines through two measured passes.
 
@@ -76,10 +92,11 @@ class PassCost:
             checkpointing: As in Split.
             small: Tokens, seconds, bytes.
             large: The same of a pass of more tokens; or of the same one, where there is no larger one.
+            recorded: As in PassCost.
         """
         seconds = _line((small[0], small[1]), (large[0], large[1]))
         memory = _line((small[0], small[2]), (large[0], large[2]))
-        return cls(joined, checkpointing, *seconds, *memory, most_tokens=large[0])
+        return cls(joined, checkpointing, *seconds, *memory, most_tokens=large[0], recorded=recorded)
 
 
 def _line(small: tuple[int, float], large: tuple[int, float]) -> tuple[float, float]:
@@ -156,6 +173,21 @@ class StepSizes:
     def width(self, length: int) -> int:
         """Columns of a padded pass whose longest row has so many tokens."""
         return _rounded_up(length, self.width_step)
+
+    def widths(self) -> list[int]:
+        """Columns that padded passes may have, narrow ones first."""
+        return sorted({self.width(length) for length in self.lengths})
+
+    def recorded_tokens(self, tokens: int) -> int | None:
+        """Tokens of all shapes that padded passes of whole steps may have together; None for smaller passes.
+
+        Those come in any number of rows, and so in more shapes than are recorded.
+
+        Args:
+            tokens: Most tokens of a pass, padding counted.
+        """
+        whole = tokens >= self.budget(self.sequences, joined=False)
+        return sum(self.sequences * width for width in self.widths()) if whole else None
 
     def passes(self, tokens: int, *, joined: bool) -> int:
         """Passes of a step of the longest rows.
@@ -250,7 +282,7 @@ def _choices(costs: Sequence[PassCost], sizes: StepSizes) -> Iterator[Choice]:
             yield Choice(
                 split,
                 seconds=fmean(sum(cost.time(tokens_of(group, split, sizes)) for group in cut) for cut in cuts),
-                num_bytes=cost.memory(split.tokens),
+                num_bytes=cost.memory_of(split, sizes),
                 launch_seconds=fmean(len(cut) * cost.seconds for cut in cuts),
                 tokens=fmean(map(sum, steps)),
             )

@@ -24,8 +24,9 @@ from unslothd_server.engine.untouched import random_state_kept
 MARGIN_SHARE = 0.05
 MARGIN_BYTES = 512 * 1024 * 1024
 TIMED_PASSES = 2
-# Padded rows let Unsloth compile each layer, which takes half a minute the first time; shorter trainings do without.
-COMPILE_WORTH_SECONDS = 60.0
+# Padded rows let Unsloth compile each layer and record its launches, which took 50 s on an H100 and can save no more
+# than the time of launches; shorter trainings do without.
+COMPILE_WORTH_SECONDS = 240.0
 # Recomputing activations can only help where launches of small passes are more than this share of a step.
 WORTH_CHECKPOINTING = 0.1
 
@@ -66,8 +67,30 @@ def tune(trainer: Any, loaded: LoadedModel, check: Callable[[], None], *, may_pr
     if choice is None:
         set_checkpointing(trainer.model, on=False)
         return None
+    if choice.split.joined and any(cost.recorded for cost in costs) and not remembered:
+        forget_recorded(trainer)
     put_into_force(trainer, choice.split)
     return Tuning(choice, costs, held + states, remembered, time.perf_counter() - begin)
+
+
+def may_have_recorded(trainer: Any) -> bool:
+    """True when a trainer's passes are of the kind whose launches are recorded."""
+    split = trainer.passes.split
+    return bool(split.tokens) and not split.joined and _on_gpu(trainer)
+
+
+def _on_gpu(trainer: Any) -> bool:
+    return bool(next(trainer.model.parameters()).device.type == "cuda")
+
+
+def forget_recorded(trainer: Any) -> None:
+    """Gives back the memory that recorded launches of padded passes keep; they are recorded anew when they come."""
+    import torch
+
+    trainer.model.zero_grad(set_to_none=True)
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def put_into_force(trainer: Any, split: Split) -> None:
@@ -117,9 +140,9 @@ def _inputs(sequences: list[Sequence], sizes: StepSizes, pad_token_id: int, *, j
 
 def _measured(probe: "_Probe", room: int) -> list[PassCost]:
     """Costs of the kinds of passes that may be the fastest."""
-    costs = _measured_kinds(probe, room, joined=probe.joins)
+    costs = _measured_kinds(probe, room)
     if probe.may_pad_instead and _is_long(choose(costs, probe.sizes, room), probe):
-        costs += _measured_kinds(probe, room, joined=False)
+        costs += [padded for joined in costs if (padded := probe.recorded_cost(room, joined)) is not None]
     return costs
 
 
@@ -130,18 +153,19 @@ def _is_long(choice: Choice | None, probe: "_Probe") -> bool:
 def _suffice(costs: list[PassCost], probe: "_Probe", room: int) -> bool:
     """False when this training has to measure what an earlier one did not."""
     choice = choose(costs, probe.sizes, room)
-    padded_known = any(not cost.joined for cost in costs)
-    return choice is not None and (padded_known or not probe.may_pad_instead or not _is_long(choice, probe))
+    if choice is None or not probe.may_pad_instead or any(cost.recorded for cost in costs):
+        return choice is not None
+    return not _is_long(choice, probe) or not any(probe.may_record(room, cost) for cost in costs)
 
 
-def _measured_kinds(probe: "_Probe", room: int, *, joined: bool) -> list[PassCost]:
+def _measured_kinds(probe: "_Probe", room: int) -> list[PassCost]:
     """Passes without checkpointing, and with it where memory keeps those small."""
     sizes = probe.sizes
-    costs = [probe.cost(room, joined=joined, checkpointing=False)]
+    costs = [probe.cost(room, checkpointing=False)]
     choice = choose([cost for cost in costs if cost is not None], sizes, room)
-    whole = sizes.budget(sizes.sequences, joined=joined)
+    whole = sizes.budget(sizes.sequences, joined=probe.joins)
     if choice is None or (choice.split.tokens < whole and choice.launch_seconds > WORTH_CHECKPOINTING * choice.seconds):
-        costs.append(probe.cost(room, joined=joined, checkpointing=True))
+        costs.append(probe.cost(room, checkpointing=True))
     return [cost for cost in costs if cost is not None]
 
 
@@ -169,21 +193,42 @@ class _Probe:
 
     @property
     def may_pad_instead(self) -> bool:
-        """Packed rows hold several sequences that only joined passes keep apart."""
-        return self.joins and not self.trainer.args.packing
+        """Packed rows hold several sequences that only joined passes keep apart; rows of one length waste no launch."""
+        return _on_gpu(self.trainer) and self.joins and not self.trainer.args.packing and len(self.sizes.widths()) > 1
 
-    def cost(self, room: int, *, joined: bool, checkpointing: bool) -> PassCost | None:
+    def cost(self, room: int, *, checkpointing: bool) -> PassCost | None:
         """Measures a pass of one row and one of as many as fit; None when not even one row fits."""
         set_checkpointing(self.trainer.model, on=checkpointing)
-        small = self._timed(1, joined=joined)
+        small = self._timed(1, joined=self.joins)
         if small is None:
             return None
         for rows in self.sizes.row_counts():
             # Some of what one row takes does not grow with rows, so twice as much is worth a try.
-            large = self._timed(rows, joined=joined) if rows > 1 and rows * small[2] <= 2 * room else None
+            large = self._timed(rows, joined=self.joins) if rows > 1 and rows * small[2] <= 2 * room else None
             if large is not None:
-                return PassCost.through(joined, checkpointing, small, large)
-        return PassCost.through(joined, checkpointing, small, small)
+                return PassCost.through(self.joins, checkpointing, small, large)
+        return PassCost.through(self.joins, checkpointing, small, small)
+
+    def may_record(self, room: int, joined: PassCost) -> bool:
+        """True when all shapes of whole steps fit together, by what the same passes take joined."""
+        sizes = self.sizes
+        tokens = sizes.recorded_tokens(sizes.budget(sizes.sequences, joined=False))
+        return tokens is not None and joined.memory(tokens + sizes.budget(1, joined=False)) <= room
+
+    def recorded_cost(self, room: int, joined: PassCost) -> PassCost | None:
+        """Measures padded passes of one row and of the whole step; None when they do not fit.
+
+        What is recorded keeps its memory, and so does a pass that did not fit while it was: so nothing is tried that
+        is not known to fit.
+        """
+        sizes = self.sizes
+        if not self.may_record(room, joined):
+            return None
+        set_checkpointing(self.trainer.model, on=joined.checkpointing)
+        small, large = self._timed(1, joined=False), self._timed(sizes.sequences, joined=False)
+        if small is None or large is None:
+            return None
+        return PassCost.through(False, joined.checkpointing, small, large, recorded=True)
 
     def _timed(self, rows: int, *, joined: bool) -> tuple[int, float, float] | None:
         """Tokens, seconds and bytes of a pass of so many of the longest rows; None when it does not fit."""

@@ -312,6 +312,8 @@ class TrainingRun:
         """Gives optimizer, gradients and caches back, so that a second training starts from where the first did."""
         import torch
 
+        if self._trainer is not None and pass_tuning.may_have_recorded(self._trainer):
+            pass_tuning.forget_recorded(self._trainer)
         self._loaded.model.zero_grad(set_to_none=True)
         gc.collect()
         if torch.cuda.is_initialized():

@@ -1,5 +1,6 @@
 """The choice of passes: the fastest split by what was measured, among those that fit."""
 
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -83,6 +84,28 @@ def test_padded_passes_have_few_shapes():
         for group in passes(lengths, split, MIXED)
     }
     assert len(shapes) <= 4
+
+
+def recorded(**options: float) -> PassCost:
+    return replace(cost(joined=False, **options), recorded=True)
+
+
+def test_recorded_passes_take_the_memory_of_every_shape_that_may_come():
+    # 8 rows of 384, 768 and 1536 tokens, at 2 GiB for 2048.
+    choice = chosen([recorded(seconds=0.05)], MIXED, 80)
+    assert choice.split == Split(8 * 1536, joined=False, checkpointing=False)
+    assert choice.num_bytes == pytest.approx(8 * (384 + 768 + 1536) / 2048 * 2 * GIB)
+
+
+def test_recorded_passes_are_not_chosen_where_not_all_their_shapes_fit():
+    joined = cost(seconds=0.5)
+    assert chosen([joined, recorded(seconds=0.05)], MIXED, 22).split.joined is False
+    assert chosen([joined, recorded(seconds=0.05)], MIXED, 20).split.joined is True
+
+
+def test_recorded_passes_are_of_whole_steps_as_smaller_ones_come_in_too_many_shapes():
+    fast_when_small = recorded(seconds=0.0, per_token=1e-3)
+    assert chosen([fast_when_small], MIXED, 80).split.tokens == MIXED.budget(8, joined=False)
 
 
 LENGTHS = st.lists(st.integers(1, 2048), min_size=1, max_size=40)
