@@ -15,56 +15,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from _common import HERE, ROOT, Figures, columns, environment, options_parser, percentile, run, say
+from _common import ROOT, Figures, columns, environment, options_parser, percentile, run, say
+from _gpu_arms import ARM_SECONDS, MAX_SEQ_LENGTH, Case, script_arm, service_arm
 
 from support import calls, random_llama
-from support.calls import load, prepare, train
-from support.running_server import RunningServer
-from unslothd.v1 import service_pb2 as pb
-from unslothd.v1.dataset_pb2 import DatasetSource
-from unslothd.v1.training_pb2 import TrainingConfig
 
-ARM_SECONDS = 900
-MAX_SEQ_LENGTH = 2048
 SEQUENCES = 8
 WORDS = ["fox", "dog", "sea", "old", "man", "story", "language", "number", "answer", "question"]
 # Dense bfloat16 of an H100 SXM, from its data sheet.
 PEAK_FLOPS = 989e12
 GIB = 1024**3
+# It is far from the others, so that more says nothing more.
+HF_ROUNDS = 2
 PLAIN = ("hf", "unsloth")
 ARMS = (*PLAIN, "fixed", "tuned")
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is trained.
-
-    Args:
-        shape: As in random_llama.
-        load_in_4bit: 4-bit base weights.
-        mixed: Rows of 20 to 1500 tokens, mean about 240; else every row has the full length.
-        steps: Of a block, for each arm; an arm that is not named is left out.
-        alone: Tuned passes take what memory is free, so this arm has its turns before the others load their models.
-    """
-
-    shape: str
-    load_in_4bit: bool
-    mixed: bool
-    steps: dict[str, int]
-    alone: bool = False
-
-
 CASES = {
-    "1b": Case("llama-3.2-1b", False, False, {"hf": 8, "unsloth": 10, "fixed": 10, "tuned": 30}),
-    # Long enough that tuning may try compiled passes, as it does in trainings of more than a minute.
-    "1b-mixed": Case("llama-3.2-1b", False, True, {"hf": 8, "unsloth": 10, "fixed": 10, "tuned": 400}),
+    "1b": Case("llama-3.2-1b", False, False, {"hf": 8, "unsloth": 10, "fixed": 10, "tuned": 20}),
+    "1b-mixed": Case("llama-3.2-1b", False, True, {"hf": 8, "unsloth": 10, "fixed": 40, "tuned": 200}),
     "8b-4bit": Case("llama-3.1-8b", True, False, {"hf": 6, "unsloth": 8, "fixed": 8, "tuned": 14}, alone=True),
     "8b": Case("llama-3.1-8b", False, False, {"tuned": 14}),
 }
@@ -94,35 +66,58 @@ def measure(options: argparse.Namespace) -> Figures:
             if time.monotonic() - begin > options.seconds:
                 say(f"gpu: no time is left for {case_name}")
                 continue
-            found[case_name] = _case(CASES[case_name], case_name, Path(name), options)
-            if options.save:
-                options.save.mkdir(parents=True, exist_ok=True)
-                (options.save / "gpu.json").write_text(json.dumps(found, indent=1))
-                (options.save / "gpu.txt").write_text(table(found))
+            _case(case_name, Path(name), options, found)
     return found
 
 
-def _case(case: Case, name: str, folder: Path, options: argparse.Namespace) -> Figures:
+def _case(name: str, folder: Path, options: argparse.Namespace, found: Figures) -> None:
+    case, begin = CASES[name], time.monotonic()
     model = _model(case.shape, folder)
     rows = folder / "models" / f"{name}.jsonl"
     _write_rows(rows, mixed=case.mixed)
     blocks: dict[str, list[Figures]] = {arm: [] for arm in options.arm or ARMS if arm in case.steps}
     together = [[arm] for arm in blocks if arm == "tuned"] if case.alone else []
     together.append([arm for arm in blocks if [arm] not in together])
+
+    def tell(what: str) -> None:
+        # What was measured must not be lost with what was not.
+        done = {arm: _summary(case, each, options.warm_up) for arm, each in blocks.items() if each}
+        found.update({name: done} if done else {})
+        _save(found, options.save)
+        say(f"gpu: {name}: {time.monotonic() - begin:.0f} s: {what}")
+
     for group in together:
         with ExitStack() as stack:
-            say(f"gpu: {name}: starting {', '.join(group)}")
+            tell(f"starting {', '.join(group)}")
             arms = {
-                arm: stack.enter_context(
-                    (_script_arm if arm in PLAIN else _service_arm)(arm, case, model, rows, folder)
-                )
+                arm: stack.enter_context((script_arm if arm in PLAIN else service_arm)(arm, case, model, rows, folder))
                 for arm in group
             }
             for number in range(1, options.rounds + 1):
-                for arm, train_block in arms.items():
-                    say(f"gpu: {name}: round {number} of {options.rounds}, {arm}")
-                    blocks[arm].append(train_block(case.steps[arm]))
-    return {arm: _summary(case, each, options.warm_up) for arm, each in blocks.items()}
+                for arm, each in arms.items():
+                    if arm == "hf" and number > HF_ROUNDS:
+                        continue
+                    blocks[arm].append(each.block(case.steps[arm]))
+                    tell(f"round {number} of {options.rounds}, {arm}: {_short(blocks[arm][-1], options.warm_up)}")
+            for arm, each in arms.items():
+                if each.warm:
+                    blocks[arm][-1] |= each.warm()
+                    tell(f"{arm}, on a warm worker")
+
+
+def _save(found: Figures, folder: Path | None) -> None:
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gpu.json").write_text(json.dumps(found, indent=1))
+        (folder / "gpu.txt").write_text(table(found))
+
+
+def _short(block: Figures, warm_up: int) -> str:
+    probe = block.get("passes", {}).get("probe_seconds", 0)
+    return (
+        f"first step after {block['first_step_seconds']:.1f} s (probe {probe} s), "
+        f"median {statistics.median(_durations(block, warm_up)):.4f} s"
+    )
 
 
 def _model(shape: str, folder: Path) -> Path:
@@ -139,123 +134,9 @@ def _write_rows(file: Path, *, mixed: bool) -> None:
     drawn = random.Random(0)
     lengths = [
         min(1500, max(20, int(drawn.lognormvariate(5.2, 0.75)))) if mixed else MAX_SEQ_LENGTH + 100
-        for _ in range(3600 if mixed else 480)
+        for _ in range(1800 if mixed else 240)
     ]
     file.write_text("\n".join(json.dumps({"text": " ".join(drawn.choices(WORDS, k=count))}) for count in lengths))
-
-
-@contextmanager
-def _script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> Iterator[Callable[[int], Figures]]:
-    """Starts a script, which loads while the others do."""
-    job = {
-        "arm": arm,
-        "model": str(model),
-        "load_in_4bit": case.load_in_4bit,
-        "max_seq_length": MAX_SEQ_LENGTH,
-    }
-    begin = time.monotonic()
-    with (folder / f"{arm}.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "gpu_script.py"), json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            cwd=folder,
-            env=environment(UNSLOTH_DISABLE_STATISTICS="1", HF_HUB_OFFLINE="1"),
-        )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    loaded: Figures = {}
-
-    def answer() -> Figures:
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the script {arm} ended:\n{(folder / f'{arm}.log').read_text()[-3000:]}")
-        return json.loads(line)
-
-    def train_block(steps: int) -> Figures:
-        if not loaded:
-            loaded.update(answer())
-        process.stdin.write(json.dumps({"rows": str(rows), "steps": steps}) + "\n")
-        process.stdin.flush()
-        return answer() | {"begin": begin, "load_seconds": loaded["load_seconds"]}
-
-    try:
-        yield train_block
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextmanager
-def _service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> Iterator[Callable[[int], Figures]]:
-    home = folder / f"{arm}-{case.shape}-{case.load_in_4bit}"
-    home.mkdir(exist_ok=True)
-    arguments = ("--model-root", str(folder / "models"))
-    with ExitStack() as stack:
-        server = stack.enter_context(RunningServer(home, arguments=arguments))
-        stub = server.stub()
-
-        def load_and_prepare() -> tuple[str, float]:
-            begin = time.time()
-            loaded = load(
-                stub, str(model), max_seq_length=MAX_SEQ_LENGTH, load_in_4bit=case.load_in_4bit, dtype="bfloat16"
-            )
-            prepare(stub, loaded.model_id, TrainingConfig())
-            return loaded.model_id, time.time() - begin
-
-        ready = stack.enter_context(ThreadPoolExecutor()).submit(load_and_prepare)
-        fixed = {"batch_size": 2, "gradient_accumulation_steps": 4} if arm == "fixed" else {}
-
-        def train_block(steps: int) -> Figures:
-            # The other arms come and go: each block takes what is free now, as a training of its own.
-            config = TrainingConfig(
-                max_steps=steps,
-                warmup_steps=2,
-                learning_rate=2e-4,
-                # The same rates for blocks of any length, so that losses can be compared.
-                lr_scheduler_type="constant_with_warmup",
-                seed=42,
-                save_steps=100_000,
-                **fixed,
-            )
-            model_id, load_seconds = ready.result()
-            begin_block = time.time()
-            events = list(train(stub, model_id, DatasetSource(path=str(rows)), training_config=config))
-            started = next(event for event in events if event.HasField("started")).started
-            taken = [event for event in events if event.HasField("step")]
-            return {
-                "at": [event.event_time.ToNanoseconds() / 1e9 for event in taken],
-                "losses": [event.step.loss for event in taken],
-                "tokens": [event.step.tokens for event in taken],
-                "peak_bytes": max(event.step.peak_memory_bytes for event in taken),
-                "load_seconds": load_seconds,
-                "first_step_seconds": taken[0].event_time.ToNanoseconds() / 1e9 - begin_block,
-                "passes": _told(started.plan.passes),
-                "config": f"{started.plan.config.batch_size} x {started.plan.config.gradient_accumulation_steps}",
-                "estimate_bytes": started.plan.memory_estimate_bytes,
-                "warnings": list(started.plan.warnings),
-            }
-
-        try:
-            yield train_block
-            stub.UnloadModel(pb.UnloadModelRequest(model_id=ready.result()[0]))
-        except BaseException:
-            say(server.log.read_text()[-3000:])
-            raise
-
-
-def _told(passes: Any) -> Figures:
-    return {
-        "max_tokens": passes.max_tokens,
-        "joined": passes.joined,
-        "checkpointing": passes.use_gradient_checkpointing,
-        "step_seconds": round(passes.step_seconds, 4),
-        "remembered": passes.remembered,
-        "probe_seconds": round(passes.probe_seconds, 1),
-        "costs": [str(cost).replace("\n", " ") for cost in passes.costs],
-    }
 
 
 def _summary(case: Case, blocks: list[Figures], warm_up: int) -> Figures:
@@ -272,10 +153,10 @@ def _summary(case: Case, blocks: list[Figures], warm_up: int) -> Figures:
         "loss_at_8": round(blocks[0]["losses"][min(7, len(blocks[0]["losses"]) - 1)], 4),
         "steps": len(durations),
         "load_seconds": round(blocks[0]["load_seconds"], 1),
+        "load_to_first_step_seconds": round(blocks[0]["load_to_first_step_seconds"], 1),
+        **{key: round(last[key], 1) for key in ("warm_load_seconds", "warm_load_to_first_step_seconds") if key in last},
         **{key: last[key] for key in ("passes", "config", "warnings") if key in last},
-        "first_step_seconds": [
-            round(block["first_step_seconds"], 1) for block in blocks if "first_step_seconds" in block
-        ],
+        "first_step_seconds": [round(block["first_step_seconds"], 1) for block in blocks],
         "first_passes": blocks[0].get("passes"),
         "estimate_gib": round(last.get("estimate_bytes", 0) / GIB, 2),
         "losses": [[round(loss, 5) for loss in block["losses"][:10]] for block in blocks],
@@ -301,9 +182,18 @@ def _flops_of_token(shape: str) -> float:
     return 4 * parameters + 3 * 2 * facts["num_hidden_layers"] * MAX_SEQ_LENGTH * width
 
 
+def _beside_the_script(arms: Figures) -> Figures:
+    """How much longer a step of the service takes than the plain script's with the same passes, in each round."""
+    if not {"unsloth", "fixed"} <= set(arms):
+        return {}
+    pairs = zip(arms["fixed"]["medians_by_block"], arms["unsloth"]["medians_by_block"], strict=True)
+    longer = [service / script - 1 for service, script in pairs]
+    return {"median": round(statistics.median(longer), 4), "rounds": [round(each, 4) for each in longer]}
+
+
 def table(figures: Figures) -> str:
     """For people."""
-    head = ["", "tok/s", "median s", "p95 s", "peak GiB", "MFU", "loss at 8", "steps", "passes"]
+    head = ["", "tok/s", "median s", "p95 s", "peak GiB", "MFU", "loss at 8", "steps", "passes", "load to step", "warm"]
     rows = [
         [
             f"{case} {arm}",
@@ -315,11 +205,18 @@ def table(figures: Figures) -> str:
             each["loss_at_8"],
             each["steps"],
             each.get("config", "2 x 4"),
+            f"{each['load_to_first_step_seconds']} s",
+            f"{each['warm_load_to_first_step_seconds']} s" if "warm_load_to_first_step_seconds" in each else "",
         ]
         for case, arms in figures.items()
         for arm, each in arms.items()
     ]
-    return columns(head, rows)
+    beside = [
+        f"{case}: a step of unslothd, fixed: {100 * found['median']:+.1f} % to the plain script's (median of rounds)"
+        for case, arms in figures.items()
+        if (found := _beside_the_script(arms))
+    ]
+    return "\n".join([columns(head, rows), *beside])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from doubles import cuda_fault_server
-from gpu.conftest import make_model
 from support.calls import load, prepare, train
+from support.gpu_models import make_model
 from support.running_server import RunningServer
 from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.training_pb2 import TrainingConfig

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -12,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from support import engine_runs, random_llama
+from support import engine_runs
 from support.engine_runs import Loaded
+from support.gpu_models import make_model
 from unslothd.v1.artifact_pb2 import ExportFormat
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd.worker.v1.worker_service_pb2 import ExportModelRequest
@@ -48,8 +48,7 @@ print(json.dumps({"logits": logits.tolist(), "is_4bit": "Linear4bit" in kinds, "
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "llama-1b"
-    command = [sys.executable, str(Path(random_llama.__file__)), str(folder), "llama-3.2-1b"]
-    subprocess.run(command, check=True, timeout=240, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    make_model(folder)
     return folder
 
 

@@ -1,17 +1,15 @@
 """A GPU that really runs out of memory in a training: it is repaired at the same optimizer steps."""
 
 import gc
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from support import engine_runs, random_llama
+from support import engine_runs
 from support.engine_runs import Loaded, Row
+from support.gpu_models import make_model
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd_server.engine.unsloth_engine import UnslothEngine
 
@@ -35,8 +33,7 @@ RELATIVE_DIFFERENCE = 0.02
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("models") / "llama-1b"
-    command = [sys.executable, str(Path(random_llama.__file__)), str(folder), "llama-3.2-1b"]
-    subprocess.run(command, check=True, timeout=240, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    make_model(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("cwd"))
         UnslothEngine().import_libraries()

@@ -1,0 +1,212 @@
+"""The arms of gpu.py: each holds its model in a process of its own, and trains a block of steps when it is told to."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from _common import HERE, Figures, environment, say
+
+from support.calls import load, prepare, train
+from support.running_server import RunningServer
+from support.waiting import wait_until
+from unslothd.v1 import service_pb2 as pb
+from unslothd.v1.dataset_pb2 import DatasetSource
+from unslothd.v1.service_pb2_grpc import UnslothServiceStub
+from unslothd.v1.training_event_pb2 import TrainingEvent
+from unslothd.v1.training_pb2 import TrainingConfig
+
+ARM_SECONDS = 900
+MAX_SEQ_LENGTH = 2048
+# What tuning may spend depends on how long a training is. This one is cancelled after a block.
+PLANNED_STEPS = 3000
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Args:
+        shape: As in random_llama.
+        load_in_4bit: 4-bit base weights.
+        mixed: Rows of 20 to 1500 tokens, mean about 240; else every row has the full length.
+        steps: Of a block, for each arm; an arm that is not named is left out.
+        alone: Tuned passes take what memory is free, so this arm has its turns before the others load their models.
+    """
+
+    shape: str
+    load_in_4bit: bool
+    mixed: bool
+    steps: dict[str, int]
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training, with its model loaded.
+
+    Args:
+        block: Trains so many steps from the first row on.
+        warm: Loads again, on a warm worker, and trains a few steps.
+    """
+
+    block: Callable[[int], Figures]
+    warm: Callable[[], Figures] | None = None
+
+
+@contextmanager
+def script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> Iterator[Arm]:
+    """Starts a script, which loads while the others do."""
+    job = {
+        "arm": arm,
+        "model": str(model),
+        "load_in_4bit": case.load_in_4bit,
+        "max_seq_length": MAX_SEQ_LENGTH,
+    }
+    begin = time.time()
+    with (folder / f"{arm}.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "gpu_script.py"), json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=folder,
+            env=environment(UNSLOTH_DISABLE_STATISTICS="1", HF_HUB_OFFLINE="1"),
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    loaded: Figures = {}
+
+    def answer() -> Figures:
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the script {arm} ended:\n{(folder / f'{arm}.log').read_text()[-3000:]}")
+        return json.loads(line)
+
+    def train_block(steps: int) -> Figures:
+        first = not loaded
+        if first:
+            loaded.update(answer())
+        process.stdin.write(json.dumps({"rows": str(rows), "steps": steps}) + "\n")
+        process.stdin.flush()
+        begin_block = time.time()
+        taken = answer()
+        # Of the first block, as a user waits: from the start of the script, its imports included.
+        from_load = {"load_to_first_step_seconds": taken["at"][0] - begin} if first else {}
+        first_step = taken["at"][0] - begin_block
+        return taken | from_load | {"load_seconds": loaded["load_seconds"], "first_step_seconds": first_step}
+
+    try:
+        yield Arm(train_block)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> Iterator[Arm]:
+    home = folder / f"{arm}-{case.shape}-{case.load_in_4bit}"
+    home.mkdir(exist_ok=True)
+    # The spare is for the last load; it has long been ready when blocks are timed.
+    arguments = ("--model-root", str(folder / "models"), "--warm-workers", "1" if arm == "tuned" else "0")
+    with ExitStack() as stack:
+        server = stack.enter_context(RunningServer(home, arguments=arguments))
+        stub = server.stub()
+        fixed = {"batch_size": 2, "gradient_accumulation_steps": 4} if arm == "fixed" else {}
+
+        def load_and_prepare() -> tuple[str, float, float]:
+            begin = time.time()
+            loaded = load(
+                stub, str(model), max_seq_length=MAX_SEQ_LENGTH, load_in_4bit=case.load_in_4bit, dtype="bfloat16"
+            )
+            load_seconds = time.time() - begin
+            prepare(stub, loaded.model_id, TrainingConfig())
+            return loaded.model_id, load_seconds, time.time() - begin
+
+        ready = stack.enter_context(ThreadPoolExecutor()).submit(load_and_prepare)
+
+        def train_block(steps: int) -> Figures:
+            model_id, load_seconds, ready_seconds = ready.result()
+            block = _block(stub, model_id, rows, _config(fixed), steps)
+            return block | {
+                "load_seconds": load_seconds,
+                "load_to_first_step_seconds": ready_seconds + block["first_step_seconds"],
+            }
+
+        def warm() -> Figures:
+            stub.UnloadModel(pb.UnloadModelRequest(model_id=ready.result()[0]))
+            wait_until(lambda: stub.GetServerInfo(pb.GetServerInfoRequest()).warm_workers > 0, ARM_SECONDS)
+            model_id, load_seconds, ready_seconds = load_and_prepare()
+            block = _block(stub, model_id, rows, _config(fixed), 2)
+            stub.UnloadModel(pb.UnloadModelRequest(model_id=model_id))
+            return {
+                "warm_load_seconds": load_seconds,
+                "warm_load_to_first_step_seconds": ready_seconds + block["first_step_seconds"],
+            }
+
+        try:
+            yield Arm(train_block, warm if arm == "tuned" else None)
+        except BaseException:
+            say(server.log.read_text()[-3000:])
+            raise
+
+
+def _config(fixed: Figures) -> TrainingConfig:
+    return TrainingConfig(
+        max_steps=PLANNED_STEPS,
+        warmup_steps=2,
+        learning_rate=2e-4,
+        # The same rates for blocks of any length, so that losses can be compared.
+        lr_scheduler_type="constant_with_warmup",
+        seed=42,
+        save_steps=100_000,
+        **fixed,
+    )
+
+
+def _block(stub: UnslothServiceStub, model_id: str, rows: Path, config: TrainingConfig, steps: int) -> Figures:
+    """The first steps of a training; the other arms come and go, so each takes the memory that is free now."""
+    begin = time.time()
+    events: list[TrainingEvent] = []
+    try:
+        for event in train(stub, model_id, DatasetSource(path=str(rows)), training_config=config):
+            events.append(event)
+            if event.HasField("step") and event.step.step == steps:
+                stub.CancelTraining(pb.CancelTrainingRequest(training_id=event.training_id))
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.ABORTED or not events[-1].HasField("cancelled"):
+            raise
+    started = next(event for event in events if event.HasField("started")).started
+    taken = [event for event in events if event.HasField("step")][:steps]
+    at = [event.event_time.ToNanoseconds() / 1e9 for event in taken]
+    return {
+        "at": at,
+        "losses": [event.step.loss for event in taken],
+        "tokens": [event.step.tokens for event in taken],
+        "peak_bytes": max(event.step.peak_memory_bytes for event in taken),
+        "first_step_seconds": at[0] - begin,
+        "passes": _told(started.plan.passes),
+        "config": f"{started.plan.config.batch_size} x {started.plan.config.gradient_accumulation_steps}",
+        "estimate_bytes": started.plan.memory_estimate_bytes,
+        "warnings": list(started.plan.warnings),
+    }
+
+
+def _told(passes: Any) -> Figures:
+    return {
+        "max_tokens": passes.max_tokens,
+        "joined": passes.joined,
+        "checkpointing": passes.use_gradient_checkpointing,
+        "step_seconds": round(passes.step_seconds, 4),
+        "remembered": passes.remembered,
+        "probe_seconds": round(passes.probe_seconds, 1),
+        "costs": [str(cost).replace("\n", " ") for cost in passes.costs],
+    }

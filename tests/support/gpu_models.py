@@ -1,0 +1,22 @@
+"""Models for a GPU host: random weights of a true shape, made by a process that is over when they are written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support import random_llama
+
+BUILD_SECONDS = 240.0
+
+
+def make_model(folder: Path, shape: str = "llama-3.2-1b") -> None:
+    """Writes a random Llama.
+
+    Args:
+        folder: Is made.
+        shape: As in random_llama.
+    """
+    build = [sys.executable, str(Path(random_llama.__file__)), str(folder), shape]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(build, check=True, timeout=BUILD_SECONDS, env=environment)
