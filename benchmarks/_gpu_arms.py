@@ -70,7 +70,6 @@ def script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> I
         "load_in_4bit": case.load_in_4bit,
         "max_seq_length": MAX_SEQ_LENGTH,
     }
-    begin = time.time()
     with (folder / f"{arm}.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, str(HERE / "gpu_script.py"), json.dumps(job)],
@@ -92,17 +91,19 @@ def script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> I
         return json.loads(line)
 
     def train_block(steps: int) -> Figures:
-        first = not loaded
-        if first:
+        if not loaded:
             loaded.update(answer())
         process.stdin.write(json.dumps({"rows": str(rows), "steps": steps}) + "\n")
         process.stdin.flush()
         begin_block = time.time()
         taken = answer()
-        # Of the first block, as a user waits: from the start of the script, its imports included.
-        from_load = {"load_to_first_step_seconds": taken["at"][0] - begin} if first else {}
         first_step = taken["at"][0] - begin_block
-        return taken | from_load | {"load_seconds": loaded["load_seconds"], "first_step_seconds": first_step}
+        return taken | {
+            "load_seconds": loaded["load_seconds"],
+            "first_step_seconds": first_step,
+            # As a user waits: imports included, without the turns of the other arms.
+            "load_to_first_step_seconds": loaded["start_to_loaded_seconds"] + first_step,
+        }
 
     try:
         yield Arm(train_block)

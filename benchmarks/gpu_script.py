@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+START = time.time()
 # stdout belongs to the answers: what libraries print goes to stderr.
 ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
@@ -138,7 +139,7 @@ def main() -> None:
     begin = time.time()
     model, tokenizer = from_unsloth() if JOB["arm"] == "unsloth" else from_transformers()
     torch.cuda.synchronize()
-    answer({"load_seconds": time.time() - begin})
+    answer({"load_seconds": time.time() - begin, "start_to_loaded_seconds": time.time() - START})
     for line in sys.stdin:
         asked = json.loads(line)
         answer(block(model, tokenizer, asked["rows"], asked["steps"]))
