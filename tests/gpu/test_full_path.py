@@ -29,7 +29,7 @@ def test_a_model_is_trained_paused_resumed_asked_and_exported(
 ):
     model = load(stub, "llama-1b", max_seq_length=256, load_in_4bit=load_in_4bit)
     assert (model.load_in_4bit, model.dtype) == (load_in_4bit, "bfloat16")
-    model_id = prepare(stub, model.model_id, CONFIG, seed=3).model_id
+    model_id = prepare(stub, model.model_id, CONFIG).model_id
 
     def text(**fields: bool) -> str:
         request = pb.GenerateRequest(model_id=model_id, prompt="The quick brown", max_new_tokens=8, **fields)
