@@ -64,11 +64,11 @@ def tune(trainer: Any, loaded: LoadedModel, check: Callable[[], None], *, may_pr
             costs = _measured(probe, room)
         pass_costs.write(file, room, costs)
     choice = choose(costs, sizes, room)
+    if probe.has_recorded and (choice is None or choice.split.joined):
+        forget_recorded(trainer)
     if choice is None:
         set_checkpointing(trainer.model, on=False)
         return None
-    if choice.split.joined and any(cost.recorded for cost in costs) and not remembered:
-        forget_recorded(trainer)
     put_into_force(trainer, choice.split)
     return Tuning(choice, costs, held + states, remembered, time.perf_counter() - begin)
 
@@ -142,7 +142,10 @@ def _measured(probe: "_Probe", room: int) -> list[PassCost]:
     """Costs of the kinds of passes that may be the fastest."""
     costs = _measured_kinds(probe, room)
     if probe.may_pad_instead and _is_long(choose(costs, probe.sizes, room), probe):
-        costs += [padded for joined in costs if (padded := probe.recorded_cost(room, joined)) is not None]
+        # Of one kind only: what is recorded of another would keep its memory too.
+        joined = next((cost for cost in costs if probe.may_record(room, cost)), None)
+        recorded = None if joined is None else probe.recorded_cost(joined)
+        costs += [] if recorded is None else [recorded]
     return costs
 
 
@@ -179,6 +182,7 @@ class _Probe:
     longest: dict[str, Any] = field(init=False)
     joins: bool = field(init=False)
     possible: bool = field(init=False)
+    has_recorded: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         rows = self.trainer.train_dataset
@@ -215,15 +219,13 @@ class _Probe:
         tokens = sizes.recorded_tokens(sizes.budget(sizes.sequences, joined=False))
         return tokens is not None and joined.memory(tokens + sizes.budget(1, joined=False)) <= room
 
-    def recorded_cost(self, room: int, joined: PassCost) -> PassCost | None:
+    def recorded_cost(self, joined: PassCost) -> PassCost | None:
         """Measures padded passes of one row and of the whole step; None when they do not fit.
 
-        What is recorded keeps its memory, and so does a pass that did not fit while it was: so nothing is tried that
-        is not known to fit.
+        What is recorded keeps its memory, and so does a pass that did not fit while it was: so ask `may_record` first.
         """
         sizes = self.sizes
-        if not self.may_record(room, joined):
-            return None
+        self.has_recorded = True
         set_checkpointing(self.trainer.model, on=joined.checkpointing)
         small, large = self._timed(1, joined=False), self._timed(sizes.sequences, joined=False)
         if small is None or large is None:
