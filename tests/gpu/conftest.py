@@ -1,12 +1,14 @@
 """A GPU host: a server, and a randomly initialised Llama of a true shape."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from support.gpu_models import make_model
 from support.running_server import RunningServer
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
+from unslothd_server.engine.unsloth_engine import UnslothEngine
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +24,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 def stub(server: RunningServer) -> Iterator[UnslothServiceStub]:
     with server.channel() as channel:
         yield UnslothServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same Llama for tests of the engine in this process, with its libraries imported."""
+    folder = tmp_path_factory.mktemp("models") / "llama-1b"
+    make_model(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("cwd"))
+        UnslothEngine().import_libraries()
+        yield folder

@@ -9,9 +9,7 @@ import pytest
 
 from support import engine_runs
 from support.engine_runs import Loaded, Row
-from support.gpu_models import make_model
 from unslothd.v1.training_pb2 import TrainingConfig
-from unslothd_server.engine.unsloth_engine import UnslothEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 
@@ -28,16 +26,6 @@ CONFIG = TrainingConfig(
 )
 # Rounding in bfloat16 with other sizes of passes.
 RELATIVE_DIFFERENCE = 0.02
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("models") / "llama-1b"
-    make_model(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("cwd"))
-        UnslothEngine().import_libraries()
-        yield folder
 
 
 def prepared(base: Path, folder: Path) -> Loaded:

@@ -1,16 +1,13 @@
 """Tuned passes on a GPU: the losses of the fixed ones, on rows of mixed and of full length."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support import engine_runs
 from support.engine_runs import Loaded, Row, Run
-from support.gpu_models import make_model
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig
-from unslothd_server.engine.unsloth_engine import UnslothEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 
@@ -18,16 +15,6 @@ MAX_SEQ_LENGTH = 1024
 WORDS = ["fox", "dog", "sea", "old", "man", "story", "language", "number", "answer", "question"]
 # Rounding of bfloat16 in other shapes of passes; a row that is in another step changes a loss by a hundred times more.
 RELATIVE_DIFFERENCE = 2e-3
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("models") / "llama-1b"
-    make_model(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("cwd"))
-        UnslothEngine().import_libraries()
-        yield folder
 
 
 def rows_of(lengths: list[int]) -> list[Row]:
