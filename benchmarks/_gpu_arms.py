@@ -114,6 +114,7 @@ def script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> I
 
 @contextmanager
 def service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> Iterator[Arm]:
+    """Starts a server, which loads the model while the other arms do; "fixed" trains 2 x 4, "tuned" the defaults."""
     home = folder / f"{arm}-{case.shape}-{case.load_in_4bit}"
     home.mkdir(exist_ok=True)
     # The spare is for the last load; it has long been ready when blocks are timed.

@@ -6,6 +6,7 @@ import pytest
 
 from support.calls import CALL_SECONDS
 from support.running_server import RunningServer
+from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.model_pb2 import LoadProgress
 
@@ -25,10 +26,7 @@ def test_a_spare_has_no_device_memory_and_its_load_no_import(server: RunningServ
             return stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=CALL_SECONDS)
 
         before = info().devices[0].free_memory_bytes
-        end = time.monotonic() + IMPORT_SECONDS
-        while not info().warm_workers:
-            assert time.monotonic() < end, "the spare did not become ready"
-            time.sleep(0.2)
+        wait_until(lambda: info().warm_workers > 0, IMPORT_SECONDS)
         assert before - info().devices[0].free_memory_bytes < NOTHING_BYTES
 
         request = pb.LoadModelRequest(model_name="llama-1b", max_seq_length=512)
