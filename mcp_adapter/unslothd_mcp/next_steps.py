@@ -45,6 +45,10 @@ _BY_REASON: dict[str, str] = {
     "OUTPUT_DIR_TAKEN": "Call {tool} again with another output_dir, or without one.",
     "MODEL_ID_TAKEN": "Call unsloth_unload_model for the model of that id, then call {tool} again.",
     "NOT_WRITABLE": "Tell the user that the server may not write to its own folders; its operator has to mend that.",
+    "HUB_TOKEN_IN_PLAIN_TEXT": (
+        "Tell the user that the connection to the server needs TLS or an SSH tunnel before it may carry a Hugging Face "
+        "token, and that a token which the server refused with this reason should be revoked at the Hub."
+    ),
     "PATH_NOT_ALLOWED": "Use a path below the roots that the message names, or pass the rows themselves.",
     "HUB_ACCESS_DENIED": "Ask the user for a Hugging Face token with access, or choose an open repository.",
     "INSUFFICIENT_SCOPE": "Tell the user which scope the message names: only a token that has it can do this.",

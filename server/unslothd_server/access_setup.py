@@ -41,6 +41,7 @@ def access_policy(settings: Settings) -> AccessPolicy:
     by_certificate = settings.tls_client_ca is not None and settings.tls_client_scope != "none"
     return AccessPolicy(
         identity_required=settings.asks_who_calls,
+        encrypted=settings.tls_cert is not None,
         certificate_scope=scope_of(settings.tls_client_scope) if by_certificate else None,
     )
 

@@ -35,6 +35,7 @@ type Client struct {
 	connection       *grpc.ClientConn
 	stub             pb.UnslothServiceClient
 	target           string
+	exposed          bool
 	timeout          time.Duration
 	reconnectTimeout time.Duration
 	peer             peer
@@ -123,6 +124,7 @@ func New(target string, options ...Option) (*Client, error) {
 		connection:       connection,
 		stub:             pb.NewUnslothServiceClient(connection),
 		target:           target,
+		exposed:          s.exposed(target),
 		timeout:          s.timeout,
 		reconnectTimeout: s.reconnectTimeout,
 	}, nil

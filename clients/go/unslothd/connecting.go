@@ -70,10 +70,17 @@ func (s *settings) complete(target string) error {
 	if token != "" {
 		s.headers["authorization"] = "Bearer " + token
 	}
-	if s.headers["authorization"] != "" && s.tls == nil && !isThisHost(target) {
-		return fmt.Errorf("a token for %s would travel in plain text: add WithTLS, or set %s", target, envCA)
+	if s.headers["authorization"] != "" && s.exposed(target) {
+		return errors.New(inPlainText("token", target))
 	}
 	return nil
+}
+
+// exposed tells whether others could read what is sent to a target: it goes to another host without TLS.
+func (s *settings) exposed(target string) bool { return s.tls == nil && !isThisHost(target) }
+
+func inPlainText(what, target string) string {
+	return fmt.Sprintf("a %s for %s would travel in plain text: add WithTLS, or set %s", what, target, envCA)
 }
 
 func tlsFromEnvironment() (*tls.Config, error) {

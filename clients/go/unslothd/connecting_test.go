@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	pb "github.com/unslothd/unslothd/clients/go/gen/unslothd/v1"
 	"github.com/unslothd/unslothd/clients/go/unslothd"
 )
 
@@ -106,6 +107,31 @@ func TestNoTokenGoesToAnotherHostInPlainText(t *testing.T) {
 			must(t, err)
 			_ = client.Close()
 		}
+	}
+}
+
+func TestNoHubTokenGoesToAnotherHostInPlainText(t *testing.T) {
+	s := &script{}
+	here := listen(t, s)
+	elsewhere := strings.Replace(here, "127.0.0.1", "0.0.0.0", 1) // leads to the server, but not surely
+	load := func(target, token string) error {
+		client, err := unslothd.New(target)
+		must(t, err)
+		defer client.Close()
+		_, err = client.LoadModel(bounded(t), &pb.LoadModelRequest{ModelName: "org/gated", Token: token}, nil)
+		return err
+	}
+	err := load(elsewhere, plantedToken)
+	if !errors.Is(err, unslothd.ReasonHubTokenInPlainText) || !errors.Is(err, unslothd.FailedPrecondition) {
+		t.Error(err)
+	}
+	if !strings.Contains(err.Error(), "add WithTLS") || strings.Contains(err.Error(), plantedToken) {
+		t.Error(err)
+	}
+	must(t, load(elsewhere, ""))
+	must(t, load(here, plantedToken))
+	if len(s.loaded) != 2 || s.loaded[1] != plantedToken {
+		t.Error(s.loaded)
 	}
 }
 

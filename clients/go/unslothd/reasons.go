@@ -37,6 +37,7 @@ const (
 	ReasonOutputDirTaken      Reason = "OUTPUT_DIR_TAKEN"
 	ReasonModelIdTaken        Reason = "MODEL_ID_TAKEN"
 	ReasonNotWritable         Reason = "NOT_WRITABLE"
+	ReasonHubTokenInPlainText Reason = "HUB_TOKEN_IN_PLAIN_TEXT"
 	ReasonPathNotAllowed      Reason = "PATH_NOT_ALLOWED"
 	ReasonHubAccessDenied     Reason = "HUB_ACCESS_DENIED"
 	ReasonInsufficientScope   Reason = "INSUFFICIENT_SCOPE"

@@ -28,6 +28,7 @@ type script struct {
 	after    []uint64 // what each call asked for; 0 is Train or the beginning
 	ids      []string // request_id of each Train
 	headers  metadata.MD
+	loaded   []string // Hub token of each LoadModel
 	training *pb.Training
 	stored   *pb.UploadDatasetHeader
 	file     []byte
@@ -80,6 +81,13 @@ func (s *script) GetServerInfo(ctx context.Context, _ *pb.GetServerInfoRequest) 
 	defer s.mutex.Unlock()
 	s.headers, _ = metadata.FromIncomingContext(ctx)
 	return &pb.GetServerInfoResponse{ServerVersion: "1"}, nil
+}
+
+func (s *script) LoadModel(request *pb.LoadModelRequest, stream grpc.ServerStreamingServer[pb.LoadModelResponse]) error {
+	s.mutex.Lock()
+	defer s.mutex.Unlock()
+	s.loaded = append(s.loaded, request.GetToken())
+	return stream.Send(&pb.LoadModelResponse{Result: &pb.LoadModelResponse_Model{Model: &pb.Model{ModelId: "m"}}})
 }
 
 func (s *script) GetTraining(context.Context, *pb.GetTrainingRequest) (*pb.GetTrainingResponse, error) {

@@ -14,10 +14,19 @@ import (
 )
 
 // LoadModel loads a model into a worker of its own and waits until it is ready. A request without a request_id gets one,
-// so that a lost connection attaches to the same load. onProgress, which may be nil, is called with each step.
+// so that a lost connection attaches to the same load. onProgress, which may be nil, is called with each step. A Hugging
+// Face token is not sent to another host without TLS: ReasonHubTokenInPlainText.
 func (c *Client) LoadModel(
 	ctx context.Context, request *pb.LoadModelRequest, onProgress func(*pb.LoadProgress),
 ) (*pb.Model, error) {
+	if request.GetToken() != "" && c.exposed {
+		return nil, &Error{
+			Kind:    FailedPrecondition,
+			Code:    codes.FailedPrecondition,
+			Reason:  ReasonHubTokenInPlainText,
+			Message: inPlainText("Hugging Face token", c.target),
+		}
+	}
 	request = proto.Clone(request).(*pb.LoadModelRequest)
 	if request.GetRequestId() == "" {
 		request.RequestId = uuid.NewString()

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from unslothd import _connection, _datasets, _flows, _requests, _upload
+from unslothd import _connection, _datasets, _flows, _requests, _upload, errors
 from unslothd._connection import Pem
 from unslothd._datasets import DatasetLike
 from unslothd._drive import Metadata
@@ -98,6 +98,7 @@ class BaseClient:
             metadata=metadata,
         )
         self.target = connection.target
+        self._exposed = connection.exposed
         self.timeout = timeout
         self.reconnect_timeout = reconnect_timeout
         self._credentials = connection.credentials
@@ -123,7 +124,10 @@ class BaseClient:
     def _load_flow(
         self, model_name: str, request_id: str | None, options: _requests.LoadOptions
     ) -> _flows.Flow[model_pb2.LoadProgress, model_pb2.Model]:
-        return _flows.load(_requests.load_model(model_name, request_id, options), self._stream_retry())
+        request = _requests.load_model(model_name, request_id, options)
+        if request.token and self._exposed:
+            raise errors.hub_token_in_plain_text(_connection.in_plain_text("Hugging Face token", self.target))
+        return _flows.load(request, self._stream_retry())
 
     def _upload_flow(
         self,

@@ -2,7 +2,7 @@
 
 Each setting is taken from the first place that has it: the argument (on the command line: the flag), the environment
 variable, the profile, the default. A profile's token goes to the profile's own target and nowhere else, and no token
-goes over a plain connection to another host.
+goes over a plain connection to another host, be it this service's or the Hub's.
 """
 
 import ipaddress
@@ -66,6 +66,11 @@ class Connection:
     headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    @property
+    def exposed(self) -> bool:
+        """Others could read what is sent: it goes to another host without TLS."""
+        return self.credentials is None and not is_this_host(self.target)
+
 
 def resolve(
     given: ConnectionOptions,
@@ -93,17 +98,23 @@ def resolve(
     headers = {name.lower(): value for name, value in (metadata or {}).items()}
     if token is not None:
         headers["authorization"] = f"Bearer {token}"
-    if "authorization" in headers and secure is None and not is_this_host(target) and not problems:
-        problems.append(
-            f"a token for {target} would travel in plain text: use TLS (--ca, UNSLOTHD_CA or ca=… if the server's "
-            "certificate is of an authority of your own, --tls, UNSLOTHD_TLS=1 or tls=True if it is of a public one), "
-            "or an SSH tunnel to 127.0.0.1"
-        )
-    if problems:
-        raise ValueError("\n".join(problems))
     # What stays on this host needs no proxy, which would see it in plain text.
     options = {"grpc.enable_http_proxy": 0} if is_this_host(target) else {}
-    return Connection(target, secure, headers, options)
+    connection = Connection(target, secure, headers, options)
+    if "authorization" in headers and connection.exposed and not problems:
+        problems.append(in_plain_text("token", target))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return connection
+
+
+def in_plain_text(what: str, target: str) -> str:
+    """Returns why something secret is not sent to a target, and what to do instead."""
+    return (
+        f"a {what} for {target} would travel in plain text: use TLS (--ca, UNSLOTHD_CA or ca=… if the server's "
+        "certificate is of an authority of your own, --tls, UNSLOTHD_TLS=1 or tls=True if it is of a public one), "
+        "or an SSH tunnel to 127.0.0.1"
+    )
 
 
 def is_this_host(target: str) -> bool:

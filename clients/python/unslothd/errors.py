@@ -251,6 +251,11 @@ def training_cancelled(training_id: str, step: int) -> TrainingCancelled:
     return error
 
 
+def hub_token_in_plain_text(message: str) -> FailedPrecondition:
+    """Returns the exception for a Hugging Face token that is not sent, with the reason that a server refuses it by."""
+    return FailedPrecondition(message, code=grpc.StatusCode.FAILED_PRECONDITION, reason="HUB_TOKEN_IN_PLAIN_TEXT")
+
+
 def _told(status: Status) -> _Told:
     info, retry = ErrorInfo(), RetryInfo()
     violations: list[FieldViolation] = []

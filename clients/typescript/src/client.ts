@@ -15,8 +15,9 @@ import {
   type PrepareForTrainingRequestSchema, type PrepareForTrainingResponse,
 } from "../gen/unslothd/v1/service_pb.js";
 import type { Training, TrainingPlan } from "../gen/unslothd/v1/training_pb.js";
-import { resolve, type ConnectionOptions } from "./connecting.js";
+import { inPlainText, resolve, type ConnectionOptions } from "./connecting.js";
 import { upload, type UploadOptions } from "./dataset.js";
+import { hubTokenInPlainText } from "./errors.js";
 import { download, type DownloadOptions } from "./download.js";
 import { TextStream } from "./generate.js";
 import { TrainingRun } from "./training.js";
@@ -48,6 +49,7 @@ export class Client {
   readonly target: string;
   readonly #calls: Calls;
   readonly #session: Http2SessionManager;
+  readonly #exposed: boolean;
 
   /**
    * `target` is HOST:PORT; default: the environment variable UNSLOTHD_TARGET, else DEFAULT_TARGET. Throws TypeError
@@ -55,8 +57,9 @@ export class Client {
    */
   constructor(target?: string, options: ClientOptions = {}) {
     const { timeoutMs = 60_000, reconnectTimeoutMs = 120_000 } = options;
-    const { target: found, tls, headers } = resolve(target, options);
+    const { target: found, tls, headers, exposed } = resolve(target, options);
     this.target = found;
+    this.#exposed = exposed;
     const baseUrl = `${tls ? "https" : "http"}://${found}`;
     // Notices a dead peer within 40 s, also while the server is silent.
     this.#session = new Http2SessionManager(baseUrl, { pingIntervalMs: 30_000, pingTimeoutMs: 10_000 }, tls);
@@ -84,8 +87,12 @@ export class Client {
     return this.#calls.unary((rpc) => this.stub.getServerInfo({}, rpc), options);
   }
 
-  /** Loads a model into a worker of its own and waits until it is ready. */
+  /**
+   * Loads a model into a worker of its own and waits until it is ready. A Hugging Face token is not sent to another host
+   * without TLS: HUB_TOKEN_IN_PLAIN_TEXT.
+   */
   async loadModel(request: Init<typeof LoadModelRequestSchema>, options: Progress<LoadProgress> = {}): Promise<Model> {
+    if (request.token && this.#exposed) throw hubTokenInPlainText(inPlainText("Hugging Face token", this.target));
     const sent = { ...request, requestId: request.requestId || randomUUID() };
     const take = ({ result }: { result: { case?: string | undefined; value?: unknown } }) => {
       if (result.case === "model") return result.value as Model;

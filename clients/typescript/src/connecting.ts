@@ -26,6 +26,8 @@ export interface Connection {
   target: string;
   tls: TlsOptions | undefined;
   headers: Headers;
+  /** Others could read what is sent: it goes to another host without TLS. */
+  exposed: boolean;
 }
 
 const SWITCHES: Record<string, boolean> = {
@@ -48,10 +50,14 @@ export function resolve(target: string | undefined, options: ConnectionOptions):
   const headers = new Headers(options.metadata);
   const token = tokenOf(options);
   if (token !== undefined) headers.set("authorization", `Bearer ${token}`);
-  if (headers.has("authorization") && tls === undefined && !isThisHost(found)) {
-    throw new TypeError(`a token for ${found} would travel in plain text: add tls, or set UNSLOTHD_CA`);
-  }
-  return { target: found, tls, headers };
+  const exposed = tls === undefined && !isThisHost(found);
+  if (headers.has("authorization") && exposed) throw new TypeError(inPlainText("token", found));
+  return { target: found, tls, headers, exposed };
+}
+
+/** Why something secret is not sent to a target, and what to do instead. */
+export function inPlainText(what: string, target: string): string {
+  return `a ${what} for ${target} would travel in plain text: add tls, or set UNSLOTHD_CA`;
 }
 
 function tlsOfEnvironment(): TlsOptions | undefined {

@@ -129,6 +129,13 @@ export function fromThrown(thrown: unknown, target: string, heard: boolean): Uns
   });
 }
 
+/** The error of a Hugging Face token that is not sent, with the reason that a server refuses it by. */
+export function hubTokenInPlainText(message: string): UnslothdError {
+  return new UnslothdError(message, {
+    kind: "FailedPrecondition", code: Code.FailedPrecondition, reason: "HUB_TOKEN_IN_PLAIN_TEXT",
+  });
+}
+
 /** The error of a training that ended in STATE_FAILED with this status. */
 export function trainingFailed(status: Status | undefined, trainingId: string): UnslothdError {
   const fields: ErrorFields = { kind: "TrainingFailed", code: status?.code ?? Code.Unknown, trainingId };

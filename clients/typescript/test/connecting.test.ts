@@ -9,9 +9,11 @@ import { join } from "node:path";
 import { afterEach, test, type TestContext } from "node:test";
 import { inspect } from "node:util";
 
+import { create } from "@bufbuild/protobuf";
 import { connectNodeAdapter } from "@connectrpc/connect-node";
 
-import { Client, tlsFromFiles, UnslothService, type ClientOptions } from "../src/index.js";
+import { LoadModelResponseSchema, type LoadModelRequest } from "../gen/unslothd/v1/service_pb.js";
+import { Client, tlsFromFiles, UnslothdError, UnslothService, type ClientOptions } from "../src/index.js";
 
 const TOKEN = "unslothd_planted-token";
 const timeout = { timeout: 20_000 };
@@ -20,15 +22,25 @@ afterEach(() => {
   for (const name of Object.keys(process.env)) if (name.startsWith("UNSLOTHD_")) delete process.env[name];
 });
 
-/** Starts a server that keeps the authorization of the last call. */
+interface Heard {
+  target: string;
+  authorization: string | null;
+  hubTokens: string[];
+}
+
+/** Starts a server that keeps the authorization of the last call, and the Hub token of each load. */
 async function listening(t: TestContext) {
-  const heard: { target: string; authorization: string | null } = { target: "", authorization: null };
+  const heard: Heard = { target: "", authorization: null, hubTokens: [] };
   const getServerInfo = (_: unknown, { requestHeader }: { requestHeader: Headers }) => {
     heard.authorization = requestHeader.get("authorization");
     return {};
   };
+  async function* loadModel({ token }: LoadModelRequest) {
+    heard.hubTokens.push(token);
+    yield create(LoadModelResponseSchema, { result: { case: "model", value: { modelId: "m" } } });
+  }
   const server = createServer(
-    connectNodeAdapter({ routes: ({ service }) => void service(UnslothService, { getServerInfo }) }),
+    connectNodeAdapter({ routes: ({ service }) => void service(UnslothService, { getServerInfo, loadModel }) }),
   );
   server.listen(0, "127.0.0.1");
   await once(server, "listening");
@@ -82,6 +94,22 @@ test("no token goes to another host in plain text", () => {
     for (const target of ["localhost:1", "LOCALHOST:1", "127.9.9.9:1", "[::1]:1"]) new Client(target, options).close();
     new Client("gpu-host:1", { ...options, tls: {} }).close();
   }
+});
+
+test("no Hub token goes to another host in plain text", timeout, async (t) => {
+  const server = await listening(t);
+  const elsewhere = new Client(server.target.replace("127.0.0.1", "0.0.0.0")); // leads to the server, but not surely
+  const here = new Client(server.target);
+  t.after(() => [elsewhere, here].forEach((client) => client.close()));
+  await assert.rejects(elsewhere.loadModel({ modelName: "org/gated", token: TOKEN }), (error) => {
+    assert.ok(error instanceof UnslothdError && error.is("FailedPrecondition"));
+    assert.equal(error.reason, "HUB_TOKEN_IN_PLAIN_TEXT");
+    assert.match(error.message, /would travel in plain text: add tls/);
+    return !inspect(error).includes(TOKEN);
+  });
+  await elsewhere.loadModel({ modelName: "org/open" });
+  await here.loadModel({ modelName: "org/gated", token: TOKEN });
+  assert.deepEqual(server.hubTokens, ["", TOKEN]);
 });
 
 test("settings that cannot be used are told, without the token", async () => {

@@ -34,10 +34,12 @@ class AccessPolicy:
 
     Args:
         identity_required: Nobody is anonymous.
+        encrypted: Calls come by TLS.
         certificate_scope: What the holder of a client certificate may do without a token; None = nothing.
     """
 
     identity_required: bool
+    encrypted: bool
     certificate_scope: "Scope.ValueType | None" = None
 
 
@@ -79,6 +81,10 @@ class Gate:
                 yield
         else:
             yield
+
+    def exposed(self, context: Context) -> bool:
+        """Says whether others could read what the caller sends: it comes from another host, without TLS."""
+        return not self._policy.encrypted and _host_of(context.peer()) != callers.LOCAL
 
     def recheck(self, caller: Caller) -> None:
         """Raises UnauthenticatedError when the caller's token was revoked or expired since the call began."""

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Callable
 from google.protobuf.message import DecodeError, Message
 
 from unslothd.v1.error_reason_pb2 import ErrorReason
-from unslothd.v1.service_pb2 import PlanTrainingRequest, TrainRequest
+from unslothd.v1.service_pb2 import LoadModelRequest, PlanTrainingRequest, TrainRequest
 from unslothd_server.access.limits import CallLimits
-from unslothd_server.errors import AbortedError, ExhaustedError, FieldViolation, InvalidFieldsError
+from unslothd_server.errors import AbortedError, ExhaustedError, FieldViolation, InvalidFieldsError, PreconditionError
 from unslothd_server.rpc.validation import validate
 
 Parse = Callable[[bytes], Message]
@@ -27,22 +27,28 @@ class Intake:
         self._limits = limits
         self._clock = clock
 
-    async def one(self, requests: AsyncIterator[bytes], parse: Parse) -> Message:
+    async def one(self, requests: AsyncIterator[bytes], parse: Parse, *, exposed: bool) -> Message:
         """Returns the request of a call that has one.
 
+        Args:
+            requests: Where it comes from.
+            parse: Decodes it.
+            exposed: Others could read it on its way.
+
         Raises:
-            UnslothdError: INVALID_FIELD, MESSAGE_TOO_LARGE, INLINE_ROWS_TOO_LARGE or UPLOAD_STALLED.
+            UnslothdError: INVALID_FIELD, MESSAGE_TOO_LARGE, INLINE_ROWS_TOO_LARGE, UPLOAD_STALLED or
+                HUB_TOKEN_IN_PLAIN_TEXT.
         """
         data = await self._next(requests)
         if data is None:
             raise InvalidFieldsError([FieldViolation("request", "is missing: the call ended without it")])
-        return self._checked(data, parse)
+        return self._checked(data, parse, exposed=exposed)
 
     async def each(self, requests: AsyncIterator[bytes], parse: Parse) -> AsyncIterator[Message]:
         """Yields the requests of a call that streams them; each is checked as it comes: 0.04 ms for a chunk of 1 MiB.
 
         Raises:
-            UnslothdError: As `one`.
+            UnslothdError: As `one`, but for HUB_TOKEN_IN_PLAIN_TEXT: no request that is streamed has a token.
         """
         num_bytes, waited, asked = 0, 0.0, self._clock()
         while (data := await self._next(requests)) is not None:
@@ -50,7 +56,7 @@ class Intake:
             waited += self._clock() - asked
             num_bytes += len(data)
             self._check_pace(num_bytes, waited)
-            yield self._checked(data, parse)
+            yield self._checked(data, parse, exposed=False)
             asked = self._clock()
 
     async def _next(self, requests: AsyncIterator[bytes]) -> bytes | None:
@@ -73,13 +79,15 @@ class Intake:
                 "nothing is kept. Make the rows first, as a file, and send it over a faster connection.",
             )
 
-    def _checked(self, data: bytes, parse: Parse) -> Message:
+    def _checked(self, data: bytes, parse: Parse, *, exposed: bool) -> Message:
         if len(data) > self._limits.max_message_bytes:
             raise self._too_large(len(data))
         try:
             request = parse(data)
         except DecodeError:
             raise InvalidFieldsError([FieldViolation("request", "is not a message of this contract")]) from None
+        if exposed and isinstance(request, LoadModelRequest) and request.token:
+            raise _token_in_plain_text()
         validate(request)
         if isinstance(request, TrainRequest | PlanTrainingRequest):
             self._check_inline(request)
@@ -104,3 +112,11 @@ class Intake:
             "Upload large datasets with UploadDataset, or name the path of a file on the server.",
             metadata={"message_bytes": str(size), "max_bytes": str(most)},
         )
+
+
+def _token_in_plain_text() -> PreconditionError:
+    return PreconditionError(
+        ErrorReason.ERROR_REASON_HUB_TOKEN_IN_PLAIN_TEXT,
+        "The Hugging Face token came over the network in plain text, so it was not used. Revoke it at the Hub: others "
+        "may have read it. Then send a new one over TLS or an SSH tunnel, or let the operator set HF_TOKEN there.",
+    )

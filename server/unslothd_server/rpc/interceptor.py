@@ -94,7 +94,7 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
                     self._audit.begun(record)
                     response = await handler.stream_unary(self._each(requests, parse, record), context)
                 else:
-                    request = await self._intake.one(requests, parse)
+                    request = await self._intake.one(requests, parse, exposed=self._gate.exposed(context))
                     _note_ids(record, request)
                     response = await handler.unary_unary(request, context)
                 _note_ids(record, response)
@@ -112,7 +112,8 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
 
         async def call(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             async with self._call(rpc, SCOPES[rpc], context, stream=True) as record:
-                request = await self._intake.one(requests, handler.request_deserializer)
+                exposed = self._gate.exposed(context)
+                request = await self._intake.one(requests, handler.request_deserializer, exposed=exposed)
                 _note_ids(record, request)
                 self._audit.begun(record)
                 first = True

@@ -83,3 +83,17 @@ def test_a_person_is_asked_for_it_and_it_is_not_shown(loads):
     assert code == 0
     assert loads.script.calls("LoadModel")[0].token == TOKEN
     assert TOKEN not in shown
+
+
+@pytest.mark.parametrize("command", LOADERS, ids=" ".join)
+def test_it_does_not_go_to_another_host_in_plain_text(loads, token_file, tmp_path, command):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "hello"}\n')
+    model = ["org/gated"] if command == ("models", "load") else ["--model", "org/gated", "--dataset", str(rows)]
+    elsewhere = f"0.0.0.0:{loads.target.rpartition(':')[2]}"  # leads here, but not surely
+    arguments = [*command, *model, "--hf-token-file", str(token_file), "--target", elsewhere]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 1
+    assert "HUB_TOKEN_IN_PLAIN_TEXT" in done.output
+    assert "use TLS (--ca" in " ".join(done.output.split())
+    assert loads.script.calls("LoadModel") == []

@@ -76,6 +76,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ALREADY_EXISTS. Another model is loaded under the id of the training's model; unload it first."""
     ERROR_REASON_NOT_WRITABLE: _ErrorReason.ValueType  # 33
     """FAILED_PRECONDITION. The server may not write to its home or the output root: their mode, or a read-only disk."""
+    ERROR_REASON_HUB_TOKEN_IN_PLAIN_TEXT: _ErrorReason.ValueType  # 34
+    """FAILED_PRECONDITION. A Hugging Face token came, or would go, over a network in plain text. It was not used."""
     ERROR_REASON_PATH_NOT_ALLOWED: _ErrorReason.ValueType  # 40
     """PERMISSION_DENIED. A path lies outside the roots that the operator allows."""
     ERROR_REASON_HUB_ACCESS_DENIED: _ErrorReason.ValueType  # 41
@@ -201,6 +203,8 @@ ERROR_REASON_MODEL_ID_TAKEN: ErrorReason.ValueType  # 32
 """ALREADY_EXISTS. Another model is loaded under the id of the training's model; unload it first."""
 ERROR_REASON_NOT_WRITABLE: ErrorReason.ValueType  # 33
 """FAILED_PRECONDITION. The server may not write to its home or the output root: their mode, or a read-only disk."""
+ERROR_REASON_HUB_TOKEN_IN_PLAIN_TEXT: ErrorReason.ValueType  # 34
+"""FAILED_PRECONDITION. A Hugging Face token came, or would go, over a network in plain text. It was not used."""
 ERROR_REASON_PATH_NOT_ALLOWED: ErrorReason.ValueType  # 40
 """PERMISSION_DENIED. A path lies outside the roots that the operator allows."""
 ERROR_REASON_HUB_ACCESS_DENIED: ErrorReason.ValueType  # 41

@@ -163,7 +163,9 @@ class LoadModelRequest(_message.Message):
     load_in_4bit: _builtins.bool
     """Default true where the device has 4-bit kernels. On a CPU the default is false; true is honoured when possible."""
     token: _builtins.str
-    """Hugging Face token for gated or private repositories. Never stored, logged or echoed."""
+    """Hugging Face token for gated or private repositories. Never stored, logged or echoed. From another host only with
+    TLS.
+    """
     device_map: _builtins.str
     """"auto" (default), "cpu", "cuda" or "cuda:N"."""
     dtype: _builtins.str

@@ -215,7 +215,8 @@ type LoadModelRequest struct {
 	MaxSeqLength *int32 `protobuf:"varint,2,opt,name=max_seq_length,json=maxSeqLength,proto3,oneof" json:"max_seq_length,omitempty"`
 	// Default true where the device has 4-bit kernels. On a CPU the default is false; true is honoured when possible.
 	LoadIn_4Bit *bool `protobuf:"varint,3,opt,name=load_in_4bit,json=loadIn4bit,proto3,oneof" json:"load_in_4bit,omitempty"`
-	// Hugging Face token for gated or private repositories. Never stored, logged or echoed.
+	// Hugging Face token for gated or private repositories. Never stored, logged or echoed. From another host only with
+	// TLS.
 	Token string `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`
 	// "auto" (default), "cpu", "cuda" or "cuda:N".
 	DeviceMap *string `protobuf:"bytes,5,opt,name=device_map,json=deviceMap,proto3,oneof" json:"device_map,omitempty"`

@@ -64,9 +64,9 @@ type UnslothServiceClient interface {
 	// Loads a model into a worker of its own: progress, then the Model as the last message.
 	// Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), PERMISSION_DENIED
 	// (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED), FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED, TRAINING_STATE:
-	// the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile), RESOURCE_EXHAUSTED
-	// (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED
-	// (WORKER_DIED).
+	// the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile, HUB_TOKEN_IN_PLAIN_TEXT),
+	// RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE
+	// (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
 	LoadModel(ctx context.Context, in *LoadModelRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LoadModelResponse], error)
 	// Attaches trainable parameters and sets the model's training config. Repeatable: with the same (or no) lora it
 	// only replaces the config.
@@ -441,9 +441,9 @@ type UnslothServiceServer interface {
 	// Loads a model into a worker of its own: progress, then the Model as the last message.
 	// Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), PERMISSION_DENIED
 	// (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED), FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED, TRAINING_STATE:
-	// the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile), RESOURCE_EXHAUSTED
-	// (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED
-	// (WORKER_DIED).
+	// the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile, HUB_TOKEN_IN_PLAIN_TEXT),
+	// RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE
+	// (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
 	LoadModel(*LoadModelRequest, grpc.ServerStreamingServer[LoadModelResponse]) error
 	// Attaches trainable parameters and sets the model's training config. Repeatable: with the same (or no) lora it
 	// only replaces the config.

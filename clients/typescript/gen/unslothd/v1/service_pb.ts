@@ -129,7 +129,8 @@ export type LoadModelRequest = Message<"unslothd.v1.LoadModelRequest"> & {
   loadIn4bit?: boolean | undefined;
 
   /**
-   * Hugging Face token for gated or private repositories. Never stored, logged or echoed.
+   * Hugging Face token for gated or private repositories. Never stored, logged or echoed. From another host only with
+   * TLS.
    *
    * @generated from field: string token = 4;
    */
@@ -1519,9 +1520,9 @@ export const UnslothService: GenService<{
    * Loads a model into a worker of its own: progress, then the Model as the last message.
    * Errors: NOT_FOUND (MODEL_SOURCE_NOT_FOUND, TRAINING_NOT_FOUND, CHECKPOINT_NOT_FOUND), PERMISSION_DENIED
    * (PATH_NOT_ALLOWED, HUB_ACCESS_DENIED), FAILED_PRECONDITION (UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED, TRAINING_STATE:
-   * the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile), RESOURCE_EXHAUSTED
-   * (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE (HUB_UNREACHABLE), ABORTED
-   * (WORKER_DIED).
+   * the training has no result yet, MODEL_NOT_READY: it was unloaded meanwhile, HUB_TOKEN_IN_PLAIN_TEXT),
+   * RESOURCE_EXHAUSTED (INSUFFICIENT_MEMORY, TOO_MANY_MODELS), ALREADY_EXISTS (REQUEST_ID_REUSED), UNAVAILABLE
+   * (HUB_UNREACHABLE), ABORTED (WORKER_DIED).
    *
    * @generated from rpc unslothd.v1.UnslothService.LoadModel
    */
