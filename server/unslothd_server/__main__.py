@@ -1,7 +1,6 @@
-"""`unslothd serve`: puts the parts together, serves until a signal, ends cleanly."""
+"""`unslothd serve`: reads the settings, serves until a signal, ends cleanly."""
 
 import asyncio
-import os
 import signal
 import sys
 from pathlib import Path
@@ -12,18 +11,6 @@ import typer
 
 from unslothd._version import __version__
 from unslothd_server import access_setup, disk, logs
-from unslothd_server.app.artifacts import Artifacts
-from unslothd_server.app.dataset_store import DatasetStore
-from unslothd_server.app.datasets import Datasets
-from unslothd_server.app.downloads import Downloads
-from unslothd_server.app.export_sources import TemporaryWorkers
-from unslothd_server.app.exports import Exports
-from unslothd_server.app.model_store import ModelStore
-from unslothd_server.app.models import Models
-from unslothd_server.app.paths import AllowedRoots
-from unslothd_server.app.service import Service
-from unslothd_server.app.training_store import TrainingStore
-from unslothd_server.app.trainings import Trainings
 from unslothd_server.checks.start import report_start
 from unslothd_server.command_line import run_command
 from unslothd_server.config import Settings
@@ -34,11 +21,9 @@ from unslothd_server.hardening import close_to_debuggers, harden_process
 from unslothd_server.home_lock import HomeLock, HomeTakenError
 from unslothd_server.monitoring import Monitoring
 from unslothd_server.rpc.server import RpcServer
+from unslothd_server.service_setup import build_service
 from unslothd_server.state_versions import NewerStateError, refuse_newer
-from unslothd_server.workers.devices import HostDevices
-from unslothd_server.workers.launcher import WORKER_COMMAND, LocalLauncher
-from unslothd_server.workers.row_checker import SubprocessRowChecker
-from unslothd_server.workers.warm import WarmLauncher
+from unslothd_server.workers.launcher import WORKER_COMMAND
 
 _GRACE_SECONDS = 5.0
 
@@ -138,50 +123,6 @@ async def serve(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_
     audit.close()
     lock.release()
     log.info("stopped")
-
-
-async def build_service(settings: Settings, *, worker_command: tuple[str, ...] = WORKER_COMMAND) -> Service:
-    """Puts the parts together, and brings the state of an earlier server up to date."""
-    roots = AllowedRoots([*settings.model_roots, settings.output_root])
-    datasets = Datasets(
-        DatasetStore(settings.home / "datasets"), SubprocessRowChecker(), max_bytes=settings.max_dataset_bytes
-    )
-    local = LocalLauncher(settings.home, trust_remote_code=settings.trust_remote_code, command=worker_command)
-    launcher = WarmLauncher(local, settings.warm_workers)
-    models = Models(
-        launcher,
-        HostDevices(),
-        # An adapter that was trained on a .gguf file names its conversion in the cache as its base model.
-        AllowedRoots([*settings.model_roots, settings.output_root], untold=[settings.home / "cache"]),
-        ModelStore(settings.home / "models"),
-        max_loaded=settings.max_loaded_models,
-        hub_token=os.environ.get("HF_TOKEN", "").strip(),  # workers do not get the variable
-        result_of=lambda training_id, step: trainings.result_of(training_id, step),  # noqa: PLW0108 - made below
-    )
-    trainings = Trainings(
-        TrainingStore(settings.home / "trainings", settings.output_root),
-        models,
-        roots,
-        datasets.rows_of,
-        max_queued=settings.max_queued_trainings,
-        heartbeat_seconds=settings.heartbeat_seconds,
-        stall_seconds=settings.stall_seconds,
-    )
-    trainings.read_all()
-    await models.recover(local.attach_living(), trainings.newest_result)
-    await trainings.go_on()
-    artifacts = Artifacts(settings.home / "artifacts")
-    workers = TemporaryWorkers(launcher, models.admission)
-    return Service(
-        datasets,
-        models,
-        trainings,
-        Exports(models, workers, artifacts, settings.output_root, trainings.result_of),
-        Downloads(artifacts, settings.output_root, trainings.result_of),
-        launcher,
-        max_loaded_models=settings.max_loaded_models,
-        max_queued_trainings=settings.max_queued_trainings,
-    )
 
 
 if __name__ == "__main__":

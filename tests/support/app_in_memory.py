@@ -14,7 +14,11 @@ from unslothd.v1.server_info_pb2 import Device
 from unslothd.v1.service_pb2 import LoadModelRequest, PrepareForTrainingRequest, ResumeTrainingRequest, TrainRequest
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import Training
+from unslothd_server.app.memory_admission import MemoryAdmission
+from unslothd_server.app.model_lifecycle import ModelLifecycle
+from unslothd_server.app.model_recovery import ModelRecovery
 from unslothd_server.app.model_store import ModelStore
+from unslothd_server.app.model_workers import ModelWorkers
 from unslothd_server.app.models import Models
 from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.app.training_run import TrainingRun
@@ -26,14 +30,15 @@ _BOUND_SECONDS = 20
 
 
 class OneDevice:
-    """A device whose free memory is what a test says, in bytes."""
+    """A device whose memory is what a test says, in bytes."""
 
-    def __init__(self, free: int = 1 << 40) -> None:
+    def __init__(self, free: int = 1 << 40, total: int = 1 << 40) -> None:
         self.free = free
+        self.total = total
 
     def list(self) -> list[Device]:
         """The device."""
-        return [Device(device="cpu", total_memory_bytes=1 << 40, free_memory_bytes=self.free)]
+        return [Device(device="cpu", total_memory_bytes=self.total, free_memory_bytes=self.free)]
 
 
 def write_model(folder: Path, num_bytes: int = 0) -> None:
@@ -62,26 +67,25 @@ class AppInMemory:
 
     async def start(self) -> None:
         """Starts a server on what is there."""
-        self.models = Models(
-            cast("Any", self.host),
-            cast("Any", self.device),
-            AllowedRoots([self._folder / "roots"]),
-            ModelStore(self._folder / "models"),
-            max_loaded=3,
-            result_of=lambda training_id, step: self.trainings.result_of(training_id, step),  # noqa: PLW0108 - made below
-            hub_token=self._hub_token,
-        )
+        roots = AllowedRoots([self._folder / "roots"])
+        store = ModelStore(self._folder / "models")
+        admission = MemoryAdmission(self.device)
+        workers = ModelWorkers(cast("Any", self.host), admission, store, hub_token=self._hub_token)
+        self.models = Models(store, admission, self.device, max_loaded=3)
         self.trainings = Trainings(
             TrainingStore(self._folder / "trainings", self._folder / "output"),
             self.models,
-            AllowedRoots([self._folder / "roots"]),
+            workers,
+            roots,
             Path,
             max_queued=5,
             heartbeat_seconds=3600,
             stall_seconds=3600,
         )
+        self.lifecycle = ModelLifecycle(self.models, workers, store, roots, self.trainings.result_of)
         self.trainings.read_all()
-        await self.models.recover(self.host.attach_living(), self.trainings.newest_result)
+        recovery = ModelRecovery(self.models, workers, self.lifecycle, store)
+        await recovery.recover(self.host.attach_living(), self.trainings.newest_result)
         await self.trainings.go_on()
 
     async def kill_and_start(self, *, workers: bool = False) -> None:
@@ -93,8 +97,8 @@ class AppInMemory:
 
     async def prepared_model(self) -> str:
         """Loads the model "m" and prepares it; returns its id."""
-        *_, last = [each async for each in self.models.load(LoadModelRequest(model_name="m", dtype="bfloat16"))]
-        await self.models.prepare(PrepareForTrainingRequest(model_id=last.model.model_id))
+        *_, last = [each async for each in self.lifecycle.load(LoadModelRequest(model_name="m", dtype="bfloat16"))]
+        await self.lifecycle.prepare(PrepareForTrainingRequest(model_id=last.model.model_id))
         return last.model.model_id
 
     def train(self, model_id: str) -> TrainingRun:

@@ -14,7 +14,8 @@ from unslothd.v1.service_pb2 import LoadModelRequest
 from unslothd.worker.v1 import worker_service_pb2 as worker_pb2
 from unslothd_server.app.files import open_inside
 from unslothd_server.app.memory_admission import MemoryAdmission
-from unslothd_server.app.models import DEFAULT_MAX_SEQ_LENGTH, Models
+from unslothd_server.app.model_lifecycle import DEFAULT_MAX_SEQ_LENGTH
+from unslothd_server.app.models import Models
 from unslothd_server.app.ports import WorkerLauncher
 from unslothd_server.app.sources import ModelSource
 from unslothd_server.errors import AbortedError, UnslothdError
@@ -55,7 +56,7 @@ class LiveModel:
         if entry.lock.locked():
             report(WAITING)
         async with entry.lock:
-            return await _last(self._models.idle_worker(self._model_id, "export it").export(request), report)
+            return await _last(self._models.get(self._model_id).idle_worker("export it").export(request), report)
 
 
 class CheckpointFiles:

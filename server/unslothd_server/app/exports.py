@@ -25,8 +25,9 @@ from unslothd_server.app.export_sources import (
     TemporaryWorkers,
     needs_worker,
 )
-from unslothd_server.app.models import Models, stopping
+from unslothd_server.app.models import Models
 from unslothd_server.app.paths import AllowedRoots, has_content
+from unslothd_server.app.stopping import stopping
 from unslothd_server.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -128,7 +129,7 @@ class Exports:
     def _source(self, request: ExportModelRequest) -> tuple[ExportSource, str]:
         """What is exported, and the first part of the default folder, relative to the output root."""
         if request.WhichOneof("source") == "model_id":
-            self._models.idle_worker(request.model_id, "export it")
+            self._models.get(request.model_id).idle_worker("export it")
             return LiveModel(self._models, request.model_id), self._beside_results(request.model_id)
         checkpoint = request.checkpoint
         folder = self._result_of(checkpoint.training_id, checkpoint.step)

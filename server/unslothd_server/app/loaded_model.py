@@ -81,6 +81,24 @@ class LoadedModel:
             )
         return self.worker
 
+    def idle_worker(self, what: str) -> Worker:
+        """Returns the worker of a loaded model that no training runs on.
+
+        Args:
+            what: What the caller wants to do, for the error: "generate".
+
+        Raises:
+            UnslothdError: As `require_worker`, or MODEL_BUSY.
+        """
+        worker = self.require_worker()
+        if self.model.state == Model.STATE_TRAINING:
+            raise PreconditionError(
+                ErrorReason.ERROR_REASON_MODEL_BUSY,
+                f'Training "{self.model.active_training_id}" runs on "{self.model_id}"; {what} when it is over '
+                "(WatchTraining), or stop it (CancelTraining).",
+            )
+        return worker
+
 
 # Fields of Model that the registry knows; all others are the engine's to say.
 _OURS: tuple[Literal["model_id", "model_name", "state", "load_time", "active_training_id", "device_map"], ...] = (

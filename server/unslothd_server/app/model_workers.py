@@ -1,6 +1,8 @@
-"""Workers of models: brought up, watched over, put away, and taken over from a server that ended."""
+"""Workers of models: brought up, watched over, put away; taken over from a server that ended, left to the next."""
 
 import asyncio
+import contextlib
+from pathlib import Path
 
 import structlog
 
@@ -71,7 +73,7 @@ class ModelWorkers:
         error: Exception | None = None
         try:
             await self._make(entry, token)
-        except asyncio.CancelledError:  # by `unload` or `close`, which wait for this to end
+        except asyncio.CancelledError:  # by `give_up`, which waits for this to end
             error = _unloaded_meanwhile(entry.model_id)
         except Exception as caught:  # noqa: BLE001 - whatever it is, whoever waits for the model gets it
             error = caught
@@ -180,6 +182,32 @@ class ModelWorkers:
             await entry.watch
             entry.watch = None
         entry.model.memory_bytes = 0
+
+    async def suspend(self, entry: LoadedModel) -> None:
+        """Frees the device of a model whose training is paused, or ends its wait for one.
+
+        A worker that does not end leaves its model FAILED.
+        """
+        await self.give_up(entry)
+        entry.model.state = Model.STATE_SUSPENDED
+        entry.stored.suspended = True
+        self._store.keep(entry.stored)
+        with contextlib.suppress(WorkerStuckError):
+            await self.put_away(entry)
+
+    async def leave(self, entry: LoadedModel) -> None:
+        """Lets go of the worker of a model, for the next server to take over."""
+        if entry.watch is not None:
+            entry.watch.cancel()
+        if entry.worker is not None:
+            await entry.worker.detach()
+
+    def start_from(self, entry: LoadedModel, folder: Path) -> None:
+        """The next worker of a model starts from these weights: the results of a training."""
+        prepare = entry.stored.prepare
+        if prepare is not None and prepare.weights_from != str(folder):
+            prepare.weights_from = str(folder)
+            self._store.keep(entry.stored)
 
     async def _watch_over(self, entry: LoadedModel, worker: Worker) -> None:
         """Notices the death of a worker that nobody asked to end."""

@@ -11,10 +11,12 @@ from unslothd.v1.service_pb2 import GetServerInfoResponse
 from unslothd_server.app.datasets import Datasets
 from unslothd_server.app.downloads import Downloads
 from unslothd_server.app.exports import Exports
-from unslothd_server.app.models import RETRY_AFTER_STOP_SECONDS, Models
+from unslothd_server.app.model_lifecycle import ModelLifecycle
+from unslothd_server.app.models import Models
 from unslothd_server.app.ports import WarmWorkers
+from unslothd_server.app.stopping import watch_interrupted
 from unslothd_server.app.trainings import Trainings
-from unslothd_server.errors import PreconditionError, UnavailableError
+from unslothd_server.errors import PreconditionError
 
 ENGINE_PACKAGES = ("unsloth", "unsloth-zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes")
 
@@ -25,7 +27,8 @@ class Service:
 
     Args:
         datasets: Uploaded datasets.
-        models: Loaded models.
+        models: The registry of models.
+        lifecycle: Loads, prepares and unloads them.
         trainings: Trainings and their queues.
         exports: Exports that run.
         downloads: Files of artifacts and checkpoints.
@@ -36,6 +39,7 @@ class Service:
 
     datasets: Datasets
     models: Models
+    lifecycle: ModelLifecycle
     trainings: Trainings
     exports: Exports
     downloads: Downloads
@@ -89,7 +93,7 @@ class Service:
         await self.exports.stop_on(model_id)
         if pending:
             await self.trainings.stop_all_on(model_id)
-        return await self.models.unload(model_id)
+        return await self.lifecycle.unload(model_id)
 
     async def close(self, *, leave_running: bool = False) -> None:
         """Ends watches with a resumable error, then pauses what trains and ends the workers.
@@ -97,20 +101,14 @@ class Service:
         Args:
             leave_running: Workers go on; the next server on this home takes them over.
         """
-        self.trainings.interrupt_watchers(
-            UnavailableError(
-                ErrorReason.ERROR_REASON_SERVER_STOPPING,
-                "The server is stopping. Once it is back, WatchTraining after your last sequence shows the rest.",
-                retry_seconds=RETRY_AFTER_STOP_SECONDS,
-            )
-        )
+        self.trainings.interrupt_watchers(watch_interrupted())
         await self.warm_workers.close()
         if not leave_running:
             await self.trainings.pause_running()
         self.models.refuse_new()
         await self.exports.close()
         await self.trainings.close(leave_running=leave_running)
-        await self.models.close(leave_workers=leave_running)
+        await self.lifecycle.close(leave_workers=leave_running)
 
 
 @functools.cache

@@ -13,18 +13,18 @@ from unslothd.v1.training_event_pb2 import (
     TrainingEvent,
     TrainingFailed,
     TrainingStateChanged,
-    TrainingWarning,
 )
 from unslothd.v1.training_pb2 import Training
 from unslothd_server.app.loaded_model import LoadedModel
+from unslothd_server.app.model_workers import ModelWorkers
 from unslothd_server.app.models import Models
 from unslothd_server.app.ports import Worker
 from unslothd_server.app.training_run import TrainingRun
 from unslothd_server.app.training_state import is_final
 from unslothd_server.app.training_store import StopWish
+from unslothd_server.app.training_workers import TrainingWorkers
 from unslothd_server.app.worker_exit import WorkerStuckError
-from unslothd_server.disk import in_units
-from unslothd_server.errors import AbortedError, ExhaustedError, UnexpectedError, UnslothdError
+from unslothd_server.errors import AbortedError, UnexpectedError, UnslothdError
 from unslothd_server.status import to_status
 
 log = structlog.get_logger()
@@ -32,10 +32,6 @@ log = structlog.get_logger()
 # A training that dies this often without having got further is FAILED.
 MAX_RECOVERIES_WITHOUT_PROGRESS = 3
 _LOOKS_A_STALL = 4  # so that a hang is noticed after at most a quarter more
-# How soon a stop acts on a training that waits for its worker.
-_LOOK_AT_WAIT_SECONDS = 0.5
-# A worker that did not end is tried again after so many looks.
-_LOOKS_BETWEEN_TRIES = 60
 # The worker is gone or deaf: another one may do better. Every other error is the training's own.
 _RECOVERABLE = frozenset({ErrorReason.ERROR_REASON_WORKER_DIED, ErrorReason.ERROR_REASON_WORKER_UNRESPONSIVE})
 
@@ -44,12 +40,15 @@ class TrainingDriver:
     """Drives trainings, one call each.
 
     Args:
-        models: Where workers come from.
+        models: The registry of models.
+        workers: Their workers.
         stall_seconds: A training that does nothing for so long has hung.
     """
 
-    def __init__(self, models: Models, *, stall_seconds: float) -> None:
+    def __init__(self, models: Models, workers: ModelWorkers, *, stall_seconds: float) -> None:
         self._models = models
+        self._workers = workers
+        self._training_workers = TrainingWorkers(models, workers)
         self._stall_seconds = stall_seconds
 
     async def drive(self, entry: LoadedModel, run: TrainingRun) -> None:
@@ -81,7 +80,7 @@ class TrainingDriver:
             return
         if entry.worker is None and self._is_beyond_help(run):
             return
-        worker = await self._brought_up(entry, run)
+        worker = await self._training_workers.brought_up(entry, run)
         if worker is None or self._stopped_before_start(run):  # while the worker was started
             return
         entry.model.state = Model.STATE_TRAINING
@@ -95,43 +94,6 @@ class TrainingDriver:
         await self._follow(entry, worker, run)
         run.worker = None
         run.keep()
-
-    async def _brought_up(self, entry: LoadedModel, run: TrainingRun) -> Worker | None:
-        """Returns the model's worker once it is there; None when a stop was asked for before.
-
-        A wait for memory, or for the end of a worker that does not end, is told by a warning, once.
-        """
-        told: set[str] = set()
-        while run.wish is StopWish.NONE or not told:
-            try:
-                return await self._worker_or_stop(entry, run, told)
-            except WorkerStuckError as stuck:
-                self._warn(run, _waits_for_end(stuck), told)
-            for _ in range(_LOOKS_BETWEEN_TRIES):
-                if run.wish is StopWish.NONE:
-                    await asyncio.sleep(_LOOK_AT_WAIT_SECONDS)
-        return None
-
-    async def _worker_or_stop(self, entry: LoadedModel, run: TrainingRun, told: set[str]) -> Worker | None:
-        working = asyncio.create_task(self._models.working(entry), name=f"worker for {run.training_id}")
-        try:
-            while not (await asyncio.wait([working], timeout=_LOOK_AT_WAIT_SECONDS))[0]:
-                if entry.lacks_memory is None:
-                    continue
-                if run.wish is not StopWish.NONE:
-                    if entry.stored.suspended:  # nobody but this training asked for the model
-                        await self._models.suspend(entry)
-                    return None
-                self._warn(run, _waits_for_memory(entry.lacks_memory), told)
-            return await working
-        finally:
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
-
-    def _warn(self, run: TrainingRun, warning: TrainingWarning, told: set[str]) -> None:
-        if warning.reason not in told:
-            run.append(TrainingEvent(warning=warning))
-            told.add(warning.reason)
 
     async def _follow(self, entry: LoadedModel, worker: Worker, run: TrainingRun) -> None:
         """Takes the events as they come, up to the last one.
@@ -155,7 +117,7 @@ class TrainingDriver:
             if is_final(run.training):
                 # Before a watcher gets to see the end: whoever does finds the model ready, with what it learnt.
                 _free(entry)
-                remember_weights(self._models, entry, run)
+                remember_weights(self._workers, entry, run)
 
     async def _stall(self, worker: Worker, run: TrainingRun) -> None:
         """Raises once the training has done nothing, and its worker has told nothing else, for too long."""
@@ -222,7 +184,7 @@ class TrainingDriver:
         recoverable = known.reason in _RECOVERABLE
         try:
             if recoverable or await self._still_trains(run):
-                await self._models.lose(entry)  # from here on nobody else writes the log
+                await self._workers.put_away(entry)  # from here on nobody else writes the log
         except WorkerStuckError as stuck:  # nor does a process that has SIGKILL pending
             known, recoverable = stuck, False
         run.worker = None
@@ -241,7 +203,7 @@ class TrainingDriver:
         """Ends a training, and what is left of its worker, after an error that nothing was made for."""
         known = _known(error, run.training_id)
         with contextlib.suppress(UnslothdError):
-            await self._models.lose(entry)
+            await self._workers.put_away(entry)
         if run.is_halted or self._models.is_closing:
             return
         try:
@@ -272,9 +234,9 @@ class TrainingDriver:
     async def _leave(self, entry: LoadedModel, run: TrainingRun) -> None:
         """What a training that is over or paused means for its model."""
         if run.is_paused and run.has_begun:
-            await self._models.suspend(entry)
+            await self._workers.suspend(entry)
         elif is_final(run.training):
-            remember_weights(self._models, entry, run)
+            remember_weights(self._workers, entry, run)
 
 
 def _show_unwritten(cause: UnslothdError, run: TrainingRun) -> None:
@@ -289,11 +251,11 @@ def _free(entry: LoadedModel) -> None:
         entry.model.state = Model.STATE_PREPARED
 
 
-def remember_weights(models: Models, entry: LoadedModel, run: TrainingRun) -> None:
+def remember_weights(workers: ModelWorkers, entry: LoadedModel, run: TrainingRun) -> None:
     """The model keeps what a training taught it, also when its worker has to be started anew."""
     folder = run.newest_weights()
     if folder is not None:
-        models.start_from(entry, folder)
+        workers.start_from(entry, folder)
 
 
 def halt(run: TrainingRun) -> None:
@@ -318,25 +280,6 @@ async def tell(run: TrainingRun) -> None:
 def state_changed(state: "Training.State.ValueType", queue_position: int = 0) -> TrainingEvent:
     """Returns the event of a new state or place."""
     return TrainingEvent(state_changed=TrainingStateChanged(state=state, queue_position=queue_position))
-
-
-def _waits_for_end(stuck: WorkerStuckError) -> TrainingWarning:
-    return TrainingWarning(
-        reason="WAITING_FOR_WORKER",
-        message=f"{stuck.message} The training waits for that and then goes on by itself, unless it is cancelled.",
-    )
-
-
-def _waits_for_memory(refused: ExhaustedError) -> TrainingWarning:
-    needed, free = (int(refused.metadata[name]) for name in ("needed_bytes", "free_bytes"))
-    return TrainingWarning(
-        reason="WAITING_FOR_MEMORY",
-        message=(
-            f"Its model needs about {in_units(needed)} on {refused.metadata['device']}, {in_units(free)} are free. The "
-            "training waits until there is room and then goes on by itself. Unload a model or pause a training to "
-            "make room; PauseTraining or CancelTraining end the wait."
-        ),
-    )
 
 
 def _recovery(run: TrainingRun, cause: UnslothdError, attempt: int) -> Recovery:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import structlog
 
 from unslothd.v1.training_pb2 import Training
+from unslothd_server.app.model_workers import ModelWorkers
 from unslothd_server.app.models import Models
 from unslothd_server.app.training_driver import TrainingDriver, state_changed
 from unslothd_server.app.training_run import TrainingRun
@@ -20,13 +21,14 @@ class TrainingQueues:
     """The queues, one for each model. The first of a queue runs, or is paused in the middle and holds the others up.
 
     Args:
-        models: The models.
+        models: The registry of models.
+        workers: Their workers.
         stall_seconds: A training that does nothing for so long has hung.
     """
 
-    def __init__(self, models: Models, *, stall_seconds: float) -> None:
+    def __init__(self, models: Models, workers: ModelWorkers, *, stall_seconds: float) -> None:
         self._models = models
-        self._driver = TrainingDriver(models, stall_seconds=stall_seconds)
+        self._driver = TrainingDriver(models, workers, stall_seconds=stall_seconds)
         self._queues: dict[str, list[TrainingRun]] = {}
         self._runners: dict[str, asyncio.Task[None]] = {}
 

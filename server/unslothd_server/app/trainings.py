@@ -19,6 +19,7 @@ from unslothd_server.app.dataset_sources import StoredRows
 from unslothd_server.app.idempotency import SeenRequests, content_digest
 from unslothd_server.app.loaded_model import LoadedModel
 from unslothd_server.app.model_store import StoredModel
+from unslothd_server.app.model_workers import ModelWorkers
 from unslothd_server.app.models import Models
 from unslothd_server.app.paging import page
 from unslothd_server.app.paths import AllowedRoots
@@ -50,6 +51,7 @@ class Trainings:
     Args:
         store: Their folders.
         models: The models that they run on.
+        workers: The workers of those.
         roots: Folders that datasets may be read from.
         stored_rows: Finds uploaded datasets.
         max_queued: Most trainings that wait on one model.
@@ -61,6 +63,7 @@ class Trainings:
         self,
         store: TrainingStore,
         models: Models,
+        workers: ModelWorkers,
         roots: AllowedRoots,
         stored_rows: StoredRows,
         *,
@@ -70,12 +73,13 @@ class Trainings:
     ) -> None:
         self._store = store
         self._models = models
+        self._workers = workers
         self._roots = roots
         self._stored_rows = stored_rows
         self._max_queued = max_queued
         self._heartbeat_seconds = heartbeat_seconds
         self._runs: dict[str, TrainingRun] = {}
-        self._queues = TrainingQueues(models, stall_seconds=stall_seconds)
+        self._queues = TrainingQueues(models, workers, stall_seconds=stall_seconds)
         self._requests = SeenRequests[TrainingRun]()
         self._closing: UnslothdError | None = None
 
@@ -116,7 +120,7 @@ class Trainings:
             return False
         entry = self._models.found_or_restored(run.stored.model)
         if run.is_paused and entry.worker is not None:  # the server ended between the pause and the end of the worker
-            await self._models.suspend(entry)
+            await self._workers.suspend(entry)
         return True
 
     # --- reading ---
@@ -261,7 +265,7 @@ class Trainings:
     async def plan(self, request: PlanTrainingRequest) -> TrainingPlan:
         """Works out what `accept` would begin."""
         entry = self._prepared(request.model_id)
-        worker = self._models.idle_worker(request.model_id, "plan")
+        worker = entry.idle_worker("plan")
         as_train = TrainRequest(
             model_id=request.model_id,
             train_dataset=request.train_dataset,
@@ -318,7 +322,7 @@ class Trainings:
         halt(run)
         if is_final(run.training) and begun:  # it was paused, and its model is suspended
             with contextlib.suppress(NotFoundError):
-                remember_weights(self._models, self._models.get(run.training.model_id), run)
+                remember_weights(self._workers, self._models.get(run.training.model_id), run)
         self._queues.drop(run)
 
     def _shown_as(self, run: TrainingRun, on_the_way: "Training.State.ValueType") -> Training:

@@ -44,7 +44,7 @@ class ServiceCollector(Collector):
             InfoMetricFamily("unslothd_build", "Version of the server.", {"version": __version__}),
             *_trainings(runs),
             _by_state(
-                "unslothd_models", "Models by state.", Model.State, [m.state for m in self._service.models.all()]
+                "unslothd_models", "Models by state.", Model.State, [m.model.state for m in self._service.models.all()]
             ),
             *_devices(self._service.models.devices()),
         ]

@@ -50,14 +50,14 @@ class UnslothServicer(UnslothServiceServicer):
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> AsyncIterator[pb.LoadModelResponse]:
         """Progress, then the model."""
-        async for response in self._service.models.load(request):
+        async for response in self._service.lifecycle.load(request):
             yield response
 
     async def PrepareForTraining(
         self, request: pb.PrepareForTrainingRequest, context: Context
     ) -> pb.PrepareForTrainingResponse:
         """Attaches trainable parameters."""
-        model, config, lora = await self._service.models.prepare(request)
+        model, config, lora = await self._service.lifecycle.prepare(request)
         return pb.PrepareForTrainingResponse(model=model, training_config=config, lora=lora)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:

@@ -15,7 +15,7 @@ def app_with_model(folder: Path) -> AppInMemory:
 
 
 async def load(app: AppInMemory, **fields: str) -> str:
-    *_, last = [each async for each in app.models.load(LoadModelRequest(model_name="m", dtype="bfloat16", **fields))]
+    *_, last = [each async for each in app.lifecycle.load(LoadModelRequest(model_name="m", dtype="bfloat16", **fields))]
     return last.model.model_id
 
 

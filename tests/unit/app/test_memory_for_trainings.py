@@ -9,7 +9,7 @@ import pytest
 from support.app_in_memory import AppInMemory, OneDevice, until, warnings, write_model
 from unslothd.v1.model_pb2 import Model
 from unslothd.v1.training_pb2 import Training
-from unslothd_server.app import model_workers, training_driver
+from unslothd_server.app import model_workers, training_workers
 from unslothd_server.errors import ExhaustedError
 
 GIB = 2**30
@@ -18,7 +18,7 @@ GIB = 2**30
 @pytest.fixture(autouse=True)
 def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_workers, "_LOOK_FOR_MEMORY_SECONDS", 0)
-    monkeypatch.setattr(training_driver, "_LOOK_AT_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(training_workers, "_LOOK_AT_WAIT_SECONDS", 0.001)
 
 
 def play(folder: Path, scenario: Callable[[AppInMemory], Awaitable[None]], *, gibs: int = 4) -> None:
@@ -62,7 +62,7 @@ def test_a_resume_of_a_model_that_is_gone_leaves_nothing_of_it_when_it_is_refuse
         run = app.train(model_id)
         (await app.at_step(run, 1)).fail()
         await until(lambda: run.is_halted)
-        await app.models.unload(model_id)
+        await app.lifecycle.unload(model_id)
         app.device.free = GIB
         with pytest.raises(ExhaustedError):
             app.resume(run)

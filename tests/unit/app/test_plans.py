@@ -35,7 +35,7 @@ def test_a_dataset_that_is_deleted_under_a_plan_is_told_by_its_id(tmp_path: Path
         await app.start()
         monkeypatch.setattr(app.trainings, "_stored_rows", rows_of)
         model_id = await app.prepared_model()
-        monkeypatch.setattr(app.models, "idle_worker", lambda model_id, doing: SimpleNamespace(plan=read_rows))
+        monkeypatch.setattr(app.models.get(model_id), "worker", SimpleNamespace(plan=read_rows))
         source = DatasetSource(dataset_id="sha256:1")
         await app.trainings.plan(PlanTrainingRequest(model_id=model_id, train_dataset=source))
 

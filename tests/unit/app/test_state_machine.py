@@ -131,7 +131,7 @@ class AppMachine(RuleBasedStateMachine):
     @rule()
     def load(self) -> None:
         async def call() -> None:
-            async for _ in self.models.load(LoadModelRequest(model_name="m")):
+            async for _ in self._app.lifecycle.load(LoadModelRequest(model_name="m")):
                 pass
 
         self._call(call)
@@ -141,7 +141,7 @@ class AppMachine(RuleBasedStateMachine):
         models = self._models()
         if models:
             request = PrepareForTrainingRequest(model_id=models[pick % len(models)])
-            self._call(lambda: self.models.prepare(request))
+            self._call(lambda: self._app.lifecycle.prepare(request))
 
     @rule(pick=_picks)
     def train(self, pick: int) -> None:
@@ -185,7 +185,7 @@ class AppMachine(RuleBasedStateMachine):
 
             async def call() -> None:
                 await self.trainings.stop_all_on(model_id)
-                await self.models.unload(model_id)
+                await self._app.lifecycle.unload(model_id)
 
             self._call(call)
 
@@ -247,7 +247,7 @@ class AppMachine(RuleBasedStateMachine):
             await self.trainings.pause_running()
         self.models.refuse_new()
         await self.trainings.close(leave_running=leave)
-        await self.models.close(leave_workers=leave)
+        await self._app.lifecycle.close(leave_workers=leave)
         await asyncio.gather(*self._callers)
         self._callers.clear()
         for _ in range(_TURNS):

@@ -9,13 +9,13 @@ import pytest
 from support.app_in_memory import AppInMemory, events, until, warnings, write_model
 from unslothd.v1.model_pb2 import Model
 from unslothd.v1.training_pb2 import Training
-from unslothd_server.app import training_driver
+from unslothd_server.app import training_driver, training_workers
 from unslothd_server.app.worker_exit import WorkerStuckError
 
 
 @pytest.fixture(autouse=True)
 def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_driver, "_LOOK_AT_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(training_workers, "_LOOK_AT_WAIT_SECONDS", 0.001)
 
 
 def play(folder: Path, scenario: Callable[[AppInMemory], Awaitable[None]]) -> None:
@@ -99,11 +99,11 @@ def test_unloading_a_worker_that_does_not_end_says_so_and_can_be_tried_again(tmp
         worker = app.worker
         worker.is_stuck = True
         with pytest.raises(WorkerStuckError) as caught:
-            await app.models.unload(model_id)
+            await app.lifecycle.unload(model_id)
         assert caught.value.reason_name == "WORKER_UNRESPONSIVE"
         assert caught.value.metadata["pid"] == "4711"
         worker.is_stuck = False
-        await app.models.unload(model_id)
+        await app.lifecycle.unload(model_id)
         assert await app.models.describe_all() == []
 
     play(tmp_path, scenario)
@@ -113,7 +113,7 @@ def test_a_server_with_a_worker_that_does_not_end_stops(tmp_path: Path):
     async def scenario(app: AppInMemory) -> None:
         await app.prepared_model()
         app.worker.is_stuck = True
-        await app.models.close(leave_workers=False)
+        await app.lifecycle.close(leave_workers=False)
 
     play(tmp_path, scenario)
 

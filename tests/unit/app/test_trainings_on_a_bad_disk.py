@@ -22,6 +22,7 @@ from unslothd.worker.v1.worker_service_pb2 import (
 )
 from unslothd_server.app.loaded_model import LoadedModel
 from unslothd_server.app.model_store import StoredModel
+from unslothd_server.app.model_workers import ModelWorkers
 from unslothd_server.app.models import Models
 from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.app.training_store import StopWish, TrainingStore
@@ -63,30 +64,34 @@ class FullDisk:
 
 
 class OneModel:
-    """A registry with one prepared model."""
+    """A registry with one prepared model, and what is done to its worker."""
 
     is_closing = False
 
     def __init__(self) -> None:
         model = Model(model_id="m", state=Model.STATE_PREPARED)
         stored = StoredModel(model, LoadModelRequest(), "tiny", prepare=PrepareForTrainingRequest())
-        self.lost = 0
+        self.put_away_count = 0
         self.entry = LoadedModel(stored, worker=cast("Any", BrokenWorker()))
 
     def get(self, model_id: str) -> LoadedModel:
         return self.entry
 
-    async def working(self, entry: LoadedModel) -> Any:
-        return entry.worker
-
-    async def lose(self, entry: LoadedModel) -> None:
-        self.lost += 1
+    async def put_away(self, entry: LoadedModel) -> None:
+        self.put_away_count += 1
 
 
 def trainings(folder: Path, models: OneModel) -> Trainings:
     store = TrainingStore(folder / "trainings", folder / "output")
     return Trainings(
-        store, cast("Models", models), AllowedRoots([]), Path, max_queued=5, heartbeat_seconds=60, stall_seconds=60
+        store,
+        cast("Models", models),
+        cast("ModelWorkers", models),
+        AllowedRoots([]),
+        Path,
+        max_queued=5,
+        heartbeat_seconds=60,
+        stall_seconds=60,
     )
 
 
@@ -216,7 +221,7 @@ def test_a_worker_that_trains_on_when_its_training_is_given_up_is_ended_before_t
         registry = trainings(tmp_path, models)
         run = registry.accept(REQUEST)
         await last_event(registry.watch(run.training_id, 0))
-        assert models.lost == 1
+        assert models.put_away_count == 1
         await registry.close(leave_running=False)
 
     asyncio.run(scenario())
