@@ -57,12 +57,16 @@ class AppInMemory:
         folder: Holds everything; models lie below `folder / "roots"`.
         device: What there is to load onto.
         hub_token: The operator's.
+        stall_seconds: After which a training counts as hung.
     """
 
-    def __init__(self, folder: Path, device: OneDevice | None = None, *, hub_token: str = "") -> None:
+    def __init__(
+        self, folder: Path, device: OneDevice | None = None, *, hub_token: str = "", stall_seconds: float = 3600
+    ) -> None:
         self._folder = folder
         self.device = device or OneDevice()
         self._hub_token = hub_token
+        self._stall_seconds = stall_seconds
         self.host = InMemoryHost()
 
     async def start(self) -> None:
@@ -80,7 +84,7 @@ class AppInMemory:
             Path,
             max_queued=5,
             heartbeat_seconds=3600,
-            stall_seconds=3600,
+            stall_seconds=self._stall_seconds,
         )
         self.lifecycle = ModelLifecycle(self.models, workers, store, roots, self.trainings.result_of)
         self.trainings.read_all()

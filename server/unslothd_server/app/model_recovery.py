@@ -45,9 +45,7 @@ class ModelRecovery:
         entries = [self._models.take_up(stored) for stored in self._store.load_all()]
         known = [(entry, workers.pop(entry.model_id, None)) for entry in entries]
         for entry in entries:
-            folder = newest_result(entry.stored)
-            if folder is not None:
-                self._workers.start_from(entry, folder)
+            self._workers.start_from(entry, newest_result(entry.stored))
         # All at once: each may have to wait for a worker that is deep in an import.
         going_on = [self._go_on(entry, worker) for entry, worker in known]
         await asyncio.gather(*going_on, *(_end(worker) for worker in workers.values()))

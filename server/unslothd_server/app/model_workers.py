@@ -202,10 +202,10 @@ class ModelWorkers:
         if entry.worker is not None:
             await entry.worker.detach()
 
-    def start_from(self, entry: LoadedModel, folder: Path) -> None:
-        """The next worker of a model starts from these weights: the results of a training."""
+    def start_from(self, entry: LoadedModel, folder: Path | None) -> None:
+        """The next worker of a model starts from these weights: the results of a training, if there are any."""
         prepare = entry.stored.prepare
-        if prepare is not None and prepare.weights_from != str(folder):
+        if folder is not None and prepare is not None and prepare.weights_from != str(folder):
             prepare.weights_from = str(folder)
             self._store.keep(entry.stored)
 

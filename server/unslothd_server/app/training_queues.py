@@ -9,9 +9,9 @@ import structlog
 from unslothd.v1.training_pb2 import Training
 from unslothd_server.app.model_workers import ModelWorkers
 from unslothd_server.app.models import Models
-from unslothd_server.app.training_driver import TrainingDriver, state_changed
+from unslothd_server.app.training_driver import TrainingDriver
 from unslothd_server.app.training_run import TrainingRun
-from unslothd_server.app.training_state import is_final
+from unslothd_server.app.training_state import is_final, state_changed
 from unslothd_server.errors import UnslothdError
 
 log = structlog.get_logger()

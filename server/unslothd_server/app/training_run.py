@@ -7,12 +7,12 @@ from pathlib import Path
 
 import structlog
 
-from unslothd.v1.training_event_pb2 import TrainingEvent
+from unslothd.v1.training_event_pb2 import TrainingCancelled, TrainingEvent
 from unslothd.v1.training_pb2 import Checkpoint, Training
 from unslothd_server.app.event_feed import EventFeed
 from unslothd_server.app.ports import Worker
 from unslothd_server.app.training_figures import TrainingFigures
-from unslothd_server.app.training_state import Recoveries, apply, is_final, now, reset
+from unslothd_server.app.training_state import Recoveries, apply, is_final, now, reset, state_changed
 from unslothd_server.app.training_store import StopWish, StoredTraining, TrainingStore
 from unslothd_server.errors import UnslothdError
 from unslothd_server.event_log import EventLogReader, EventLogWriter
@@ -93,6 +93,27 @@ class TrainingRun:
         if self.stored.wish.weight < wish.weight:
             self.stored.wish = wish
             self.keep()
+
+    def halt(self) -> None:
+        """Ends or pauses it, as it was asked, while no worker has it."""
+        if self.wish.is_cancel:
+            self.append(TrainingEvent(cancelled=TrainingCancelled(step=self.training.step)))
+        else:
+            self.append(state_changed(Training.STATE_PAUSED))
+        self.keep()
+
+    async def tell_worker(self) -> None:
+        """Tells the worker that has it how it is to stop, if it is. Repeatable.
+
+        Raises:
+            UnslothdError: The worker is dead or does not answer.
+        """
+        if self.worker is None or self.wish is StopWish.NONE:
+            return
+        if self.wish is StopWish.PAUSE:
+            await self.worker.pause(self.training_id)
+        else:
+            await self.worker.cancel(self.training_id, save_checkpoint=self.wish is StopWish.CANCEL_SAVING)
 
     def checkpoints_on_disk(self) -> list[Checkpoint]:
         """Its checkpoints whose folders are still there, newest first."""

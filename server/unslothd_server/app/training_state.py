@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import code_pb2  # pyright: ignore[reportMissingTypeStubs]
 
-from unslothd.v1.training_event_pb2 import TrainingEvent
+from unslothd.v1.training_event_pb2 import TrainingEvent, TrainingStateChanged
 from unslothd.v1.training_pb2 import Training
 
 _Field = Literal[
@@ -35,6 +35,11 @@ def now() -> Timestamp:
     timestamp = Timestamp()
     timestamp.GetCurrentTime()
     return timestamp
+
+
+def state_changed(state: "Training.State.ValueType", queue_position: int = 0) -> TrainingEvent:
+    """Returns the event of a new state or place."""
+    return TrainingEvent(state_changed=TrainingStateChanged(state=state, queue_position=queue_position))
 
 
 def reset(training: Training) -> None:

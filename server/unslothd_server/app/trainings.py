@@ -23,10 +23,9 @@ from unslothd_server.app.model_workers import ModelWorkers
 from unslothd_server.app.models import Models
 from unslothd_server.app.paging import page
 from unslothd_server.app.paths import AllowedRoots
-from unslothd_server.app.training_driver import halt, remember_weights, state_changed, tell
 from unslothd_server.app.training_queues import TrainingQueues
 from unslothd_server.app.training_run import TrainingRun
-from unslothd_server.app.training_state import is_final
+from unslothd_server.app.training_state import is_final, state_changed
 from unslothd_server.app.training_store import StopWish, TrainingStore
 from unslothd_server.errors import (
     AbortedError,
@@ -316,13 +315,13 @@ class Trainings:
         """Carries out how a training was asked to stop: now, or by telling whoever has it."""
         if self._queues.is_driven(run):
             with contextlib.suppress(UnslothdError):  # its worker is dead, deaf or going; the driver carries it out
-                await tell(run)
+                await run.tell_worker()
             return
         begun = run.has_begun
-        halt(run)
+        run.halt()
         if is_final(run.training) and begun:  # it was paused, and its model is suspended
             with contextlib.suppress(NotFoundError):
-                remember_weights(self._workers, self._models.get(run.training.model_id), run)
+                self._workers.start_from(self._models.get(run.training.model_id), run.newest_weights())
         self._queues.drop(run)
 
     def _shown_as(self, run: TrainingRun, on_the_way: "Training.State.ValueType") -> Training:

@@ -9,7 +9,7 @@ import pytest
 from support.app_in_memory import AppInMemory, events, until, warnings, write_model
 from unslothd.v1.model_pb2 import Model
 from unslothd.v1.training_pb2 import Training
-from unslothd_server.app import training_driver, training_workers
+from unslothd_server.app import training_workers, worker_loss
 from unslothd_server.app.worker_exit import WorkerStuckError
 
 
@@ -18,14 +18,14 @@ def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_workers, "_LOOK_AT_WAIT_SECONDS", 0.001)
 
 
-def play(folder: Path, scenario: Callable[[AppInMemory], Awaitable[None]]) -> None:
+def play(folder: Path, scenario: Callable[[AppInMemory], Awaitable[None]], *, stall_seconds: float = 3600) -> None:
     """Runs a scenario; no task of it may end by an exception that nobody saw."""
     unseen: list[dict[str, object]] = []
 
     async def run() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
         write_model(folder / "roots" / "m")
-        app = AppInMemory(folder)
+        app = AppInMemory(folder, stall_seconds=stall_seconds)
         await app.start()
         async with asyncio.timeout(60):
             await scenario(app)
@@ -34,15 +34,8 @@ def play(folder: Path, scenario: Callable[[AppInMemory], Awaitable[None]]) -> No
     assert unseen == []
 
 
-def notice_hangs_at_once(app: AppInMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app.trainings._queues._driver, "_stall_seconds", 0.001)
-
-
-def test_a_training_on_a_worker_that_does_not_end_fails_and_those_behind_wait_and_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_training_on_a_worker_that_does_not_end_fails_and_those_behind_wait_and_go_on(tmp_path: Path):
     async def scenario(app: AppInMemory) -> None:
-        notice_hangs_at_once(app, monkeypatch)
         model_id = await app.prepared_model()
         worker = app.worker
         worker.is_stuck = worker.hangs = True
@@ -59,12 +52,11 @@ def test_a_training_on_a_worker_that_does_not_end_fails_and_those_behind_wait_an
         await until(lambda: behind.training.state == Training.STATE_SUCCEEDED)
         assert warnings(behind) == ["WAITING_FOR_WORKER"]
 
-    play(tmp_path, scenario)
+    play(tmp_path, scenario, stall_seconds=0.001)
 
 
-def test_a_training_that_waits_for_a_worker_to_end_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_training_that_waits_for_a_worker_to_end_can_be_cancelled(tmp_path: Path):
     async def scenario(app: AppInMemory) -> None:
-        notice_hangs_at_once(app, monkeypatch)
         model_id = await app.prepared_model()
         app.worker.is_stuck = app.worker.hangs = True
         app.train(model_id)
@@ -73,7 +65,7 @@ def test_a_training_that_waits_for_a_worker_to_end_can_be_cancelled(tmp_path: Pa
         await app.trainings.cancel(behind.training_id, save_checkpoint=False)
         await until(lambda: behind.training.state == Training.STATE_CANCELLED)
 
-    play(tmp_path, scenario)
+    play(tmp_path, scenario, stall_seconds=0.001)
 
 
 def test_a_pause_whose_worker_does_not_end_is_a_pause_all_the_same(tmp_path: Path):
@@ -124,7 +116,7 @@ def test_a_bug_that_ends_a_driver_ends_its_training_and_not_the_queue(tmp_path: 
         run, behind = app.train(model_id), app.train(model_id)
         await app.at_step(run, 1)
         with monkeypatch.context() as bug:
-            bug.setattr(training_driver, "_recovery", lambda *_: 1 / 0)
+            bug.setattr(worker_loss, "_recovery", lambda *_: 1 / 0)
             app.worker.die()
             await until(lambda: run.is_halted)
         assert run.training.state == Training.STATE_FAILED

@@ -80,6 +80,9 @@ class OneModel:
     async def put_away(self, entry: LoadedModel) -> None:
         self.put_away_count += 1
 
+    def start_from(self, entry: LoadedModel, folder: Path | None) -> None:
+        assert folder is None  # nothing was learnt
+
 
 def trainings(folder: Path, models: OneModel) -> Trainings:
     store = TrainingStore(folder / "trainings", folder / "output")
