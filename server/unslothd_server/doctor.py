@@ -1,6 +1,7 @@
 """`unslothd doctor`: looks at host, packages, folders and network, and says what to mend."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 from unslothd_server.checks import host, network, packages
 from unslothd_server.checks.access import access_findings
 from unslothd_server.checks.finding import Finding, Level, count, lines, ok, problem
+from unslothd_server.checks.monitoring import monitoring_findings
 from unslothd_server.checks.start import folder_findings, model_root_findings, port_findings, state_finding
 from unslothd_server.command_line import run_command
 from unslothd_server.config import Settings
@@ -36,7 +38,7 @@ def doctor(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that the import of Unsloth may take.")] = 180,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Checks driver, packages, disks, port, folders, access, Hub, clock and limits, and says what to mend.
+    """Checks driver, packages, disks, port, folders, access, monitoring, Hub, clock and limits, and says what to mend.
 
     Give it the settings of the server, by the same flags, variables or file; run it as the server's user.
 
@@ -84,6 +86,7 @@ def _findings_of_settings(settings: Settings) -> Iterator[Finding]:
     yield host.mode_finding(settings.home)
     yield host.file_system_finding(settings.home)
     yield from access_findings(settings)
+    yield from monitoring_findings(settings, os.environ)
     yield from model_root_findings(settings)
     yield from host.disk_findings(settings)
     if holder is None:

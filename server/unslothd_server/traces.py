@@ -1,6 +1,6 @@
-"""OpenTelemetry: a span for each call, sent where the standard variables of OpenTelemetry say.
+"""OpenTelemetry: a span for each call.
 
-Imported only when they ask for traces; needs the extra `otel`.
+Imported only when traces are asked for; needs the extra `otel`.
 """
 
 from collections.abc import Generator
@@ -8,10 +8,9 @@ from contextlib import contextmanager
 
 import grpc
 from opentelemetry import propagate
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from structlog.contextvars import bind_contextvars
 
@@ -19,7 +18,6 @@ from unslothd._version import __version__
 from unslothd_server.access.audit import CallRecord
 from unslothd_server.rpc.observers import Metadata
 
-_EXPORTERS: dict[str, type[SpanExporter]] = {"otlp": OTLPSpanExporter, "console": ConsoleSpanExporter}
 _SERVICE = "unslothd.v1.UnslothService"
 # What the semantic conventions count as errors of a server; all others are the caller's.
 _SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
@@ -29,12 +27,12 @@ class CallTracer:
     """Observes calls (`rpc.observers.CallObserver`). A span ends with its call, so that of a stream comes at its end.
 
     Args:
-        exporter: "otlp" or "console".
+        exporter: Sends the spans; it is closed with the tracer.
     """
 
-    def __init__(self, exporter: str) -> None:
+    def __init__(self, exporter: SpanExporter) -> None:
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(_EXPORTERS[exporter]()))
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("unslothd", __version__)
 
     @contextmanager

@@ -7,6 +7,7 @@ from typing import cast
 
 from unslothd_server.checks.access import access_findings
 from unslothd_server.checks.finding import Finding, Level, count, lines, ok, problem, warning
+from unslothd_server.checks.monitoring import monitoring_findings
 from unslothd_server.config import Settings, split_address
 from unslothd_server.home_lock import holder_of
 from unslothd_server.state_versions import NewerStateError, refuse_newer
@@ -34,6 +35,7 @@ def start_findings(settings: Settings) -> list[Finding]:
         *folder_findings(settings),
         *port_findings(settings),
         *access_findings(settings),
+        *monitoring_findings(settings, os.environ),
         *model_root_findings(settings),
     ]
 

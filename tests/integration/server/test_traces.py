@@ -3,20 +3,19 @@
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from doubles.fake_worker import fake_row
 from integration.server.conftest import a_model
 from support.calls import CALL_SECONDS, error_of, inline, prepared_model, train
+from support.certificates import Authority
+from support.collectors import Collector, GrpcCollector, HttpCollector, attributes
 from support.running_server import RunningServer
+from support.uploads import as_jsonl, upload
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
@@ -25,64 +24,17 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
 
 
-class Collector:
-    """Takes spans over OTLP/HTTP, as any collector does."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        self.services: set[str] = set()
-        collector = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.path == "/v1/traces":
-                    collector.take(ExportTraceServiceRequest.FromString(body))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
-
-    def take(self, request: ExportTraceServiceRequest) -> None:
-        for resource in request.resource_spans:
-            self.services.add(attributes(resource.resource)["service.name"])
-            for scope in resource.scope_spans:
-                self.spans.extend(scope.spans)
-
-    def spans_of(self, rpc: str) -> list[Any]:
-        """Waits for the first and returns all of an RPC."""
-        wait_until(lambda: any(span.name.endswith(f"/{rpc}") for span in self.spans))
-        return [span for span in self.spans if span.name.endswith(f"/{rpc}")]
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-def attributes(holder: Any) -> dict[str, Any]:
-    """Attributes by name."""
-    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in holder.attributes}
-
-
-@pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    running = Collector()
+@pytest.fixture(scope="module", params=[HttpCollector, GrpcCollector])
+def collector(request: pytest.FixtureRequest) -> Iterator[Collector]:
+    running = request.param()
     yield running
     running.close()
 
 
 @pytest.fixture(scope="module")
 def server(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "50"}
-    folder = tmp_path_factory.mktemp("server")
-    with RunningServer(folder, fake_workers=True, arguments=("--verbose",), environment=environment) as running:
+    folder, verbose = tmp_path_factory.mktemp("server"), ("--verbose",)
+    with RunningServer(folder, fake_workers=True, arguments=verbose, environment=collector.environment) as running:
         a_model(running, "tiny")
         yield running
 
@@ -128,8 +80,19 @@ def test_what_the_caller_did_wrong_is_no_error_of_the_server(stub: UnslothServic
     assert span.status.code == 0
 
 
+def test_workers_and_checks_of_rows_start_while_spans_are_sent_and_calls_to_the_collector_are_no_spans(
+    stub: UnslothServiceStub, collector: Collector
+):
+    for number in range(3):
+        upload(stub, as_jsonl([{"text": f"row {number}"}]))
+        with prepared_model(stub, "tiny"):
+            pass
+    wait_until(lambda: len(collector.spans_of("UploadDataset")) == 3)
+    assert {span.name.rpartition("/")[0] for span in collector.spans} == {"unslothd.v1.UnslothService"}
+
+
 def test_what_is_left_is_sent_when_the_server_stops(collector: Collector, tmp_path: Path):
-    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "600000"}
+    environment = {**collector.environment, "OTEL_BSP_SCHEDULE_DELAY": "600000"}
     with RunningServer(tmp_path, fake_workers=True, environment=environment) as server:
         with server.channel() as channel:
             UnslothServiceStub(channel).ListDatasets(pb.ListDatasetsRequest(), timeout=CALL_SECONDS)
@@ -147,9 +110,38 @@ def log_of_a_server(tmp_path: Path, **environment: str) -> str:
         return server.log.read_text()
 
 
-def test_a_collector_that_is_not_there_stops_nothing(tmp_path: Path):
+def test_over_grpc_certificate_and_headers_are_those_of_the_variables(tmp_path: Path):
+    authority = Authority(tmp_path / "authority")
+    collector = GrpcCollector(authority.server())
+    secured = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"https://{collector.address}",
+        "OTEL_EXPORTER_OTLP_CERTIFICATE": str(authority.ca),
+        "OTEL_EXPORTER_OTLP_HEADERS": "api-key=planted",
+    }
+    log_of_a_server(tmp_path, **{**collector.environment, **secured})
+    collector.close()
+    assert len(collector.spans_of("ListModels")) == 1
+    assert collector.headers["api-key"] == "planted"
+
+
+def test_the_variables_of_traces_come_before_the_general_ones(tmp_path: Path):
+    collector = GrpcCollector()
+    of_traces = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": collector.address,
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc",
+        "OTEL_EXPORTER_OTLP_TRACES_INSECURE": "true",
+    }
+    log_of_a_server(tmp_path, **of_traces)
+    collector.close()
+    assert len(collector.spans_of("ListModels")) == 1
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+def test_a_collector_that_is_not_there_stops_nothing(tmp_path: Path, protocol: str):
     gone = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
-    log = log_of_a_server(tmp_path, **gone)
+    log = log_of_a_server(tmp_path, **gone, OTEL_EXPORTER_OTLP_PROTOCOL=protocol)
     assert '"event": "stopped"' in log
 
 
@@ -162,14 +154,10 @@ def test_without_the_extra_the_server_says_what_to_install_and_serves(tmp_path: 
     assert "pip install 'unslothd[otel]'" in log
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("OTEL_TRACES_EXPORTER", "zipkin"), ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")]
-)
-def test_what_is_not_supported_is_told_and_the_server_serves(tmp_path: Path, name: str, value: str):
-    asked = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", name: value}
-    log = log_of_a_server(tmp_path, **asked)
+def test_what_is_not_supported_is_told_and_the_server_serves(tmp_path: Path):
+    log = log_of_a_server(tmp_path, OTEL_TRACES_EXPORTER="otlp", OTEL_EXPORTER_OTLP_PROTOCOL="http/json")
     assert "no traces are sent" in log
-    assert f"{name}={value}" in log
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL=http/json is not supported. Set it to grpc or http/protobuf" in log
 
 
 def test_a_server_that_is_not_asked_for_traces_or_metrics_imports_neither():
