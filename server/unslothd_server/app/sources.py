@@ -78,6 +78,7 @@ def _base_id(name: str, path: Path) -> str:
 
 
 def _local(path: Path, base_id: str, roots: AllowedRoots) -> ModelSource:
+    roots.check(path)  # the result of a training was not looked up in them
     if path.is_dir():
         roots.check_inside(path)
         if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,13 @@ def sum_of(path: Path, *, sync: bool = False) -> FileSum:
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
-        return FileSum(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return sum_of_open(file)
+
+
+def sum_of_open(file: BufferedReader) -> FileSum:
+    """Reads an open file from its beginning."""
+    file.seek(0)
+    return FileSum(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def sums_of(folder: Path, *, without: Collection[str] = ()) -> dict[str, FileSum]:

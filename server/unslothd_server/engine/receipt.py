@@ -18,9 +18,9 @@ from unslothd import __version__
 from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.training_pb2 import TrainingConfig, TrainingMetrics
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.engine import adapters, hub, readback
+from unslothd_server.engine import adapters, readback
 from unslothd_server.engine.checkpoints import RECEIPT_NAME
-from unslothd_server.engine.durable_files import as_json, sum_of, sums_of, write_text
+from unslothd_server.engine.durable_files import as_json, sums_of, write_text
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.parameters import count_parameters
 from unslothd_server.engine.prepared_rows import PreparedRows
@@ -230,12 +230,11 @@ def _weights_file(path: Path) -> dict[str, Any]:
 
 def _dataset(source: DatasetSource, rows: TokenisedDataset) -> dict[str, Any]:
     # The rows of a request are in a file by now, so the source names them and does not hold them.
-    path = Path(source.path)
     return {
         "source": _plain(source),
         "row_format": _plain(rows.row_format),
-        **({"file": asdict(sum_of(path))} if source.path and path.is_file() else {}),
-        **({"fingerprint": fingerprint} if (fingerprint := _fingerprint(source)) else {}),
+        **({"file": asdict(rows.file)} if rows.file is not None else {}),
+        **({"fingerprint": rows.fingerprint} if rows.fingerprint else {}),
         "num_rows": rows.num_rows,
         "num_tokens": rows.num_tokens,
         "loss_tokens": rows.loss_tokens,
@@ -243,26 +242,6 @@ def _dataset(source: DatasetSource, rows: TokenisedDataset) -> dict[str, Any]:
         "dropped_rows": rows.dropped_rows,
         "tokens_sha256": tokens_sha256(rows.rows),
     }
-
-
-def _fingerprint(source: DatasetSource) -> str:
-    """What `datasets` knows a folder or a Hub dataset by; empty for a file, or where it cannot be told any more."""
-    import datasets
-
-    try:
-        if source.WhichOneof("origin") == "hub":
-            name, config, split = source.hub.name, source.hub.config or None, source.hub.split or "train"
-            with hub.offline():
-                loaded = datasets.load_dataset(name, config, split=split, revision=source.hub.revision or None)
-        elif Path(source.path).is_dir():
-            loaded = datasets.load_from_disk(source.path)
-        else:
-            return ""
-    except Exception:  # noqa: BLE001 - the run is over and good; a receipt with one field less is better than none
-        return ""
-    if isinstance(loaded, datasets.DatasetDict):
-        loaded = loaded.get("train", next(iter(loaded.values())))
-    return str(loaded._fingerprint)
 
 
 def tokens_sha256(rows: Any) -> str:

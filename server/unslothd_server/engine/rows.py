@@ -4,8 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from io import BufferedReader
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 from unslothd.v1.dataset_pb2 import DatasetSource, HubDataset
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd_server.engine import hub
-from unslothd_server.engine.pinned_file import check_in_place, name_of, open_pinned
+from unslothd_server.engine.durable_files import FileSum
+from unslothd_server.engine.pinned_file import PinnedFile, check_in_place, open_pinned
 from unslothd_server.errors import DatasetError, NotFoundError, UnslothdError
 
 Row = dict[str, Any]
@@ -28,12 +28,25 @@ class RowSource:
     """Rows that are there and readable.
 
     Args:
-        columns: Column names, in the order of the data.
+        columns: Column names, in the order of the data; empty where only the rows tell them.
         rows: The rows, once; a row that cannot be read raises DATASET_ROW when its turn comes.
+        file: The file that they are in; None = a folder or the Hub.
+        fingerprint: What `datasets` knows a folder or a Hub dataset by; empty for a file.
     """
 
     columns: list[str]
     rows: Iterator[Row]
+    file: PinnedFile | None = None
+    fingerprint: str = ""
+
+    def file_sum(self) -> FileSum | None:
+        """Size and SHA-256 of the file as the rows came from it; None without one, or when it changed since."""
+        return None if self.file is None else self.file.sum()
+
+    def close(self) -> None:
+        """Closes the file; no row can be read any more."""
+        if self.file is not None:
+            self.file.close()
 
 
 def row_error(number: int, cause: str) -> DatasetError:
@@ -46,7 +59,7 @@ def row_error(number: int, cause: str) -> DatasetError:
 
 
 def open_rows(source: DatasetSource) -> RowSource:
-    """Opens the rows that a request names; `limit` is applied.
+    """Opens the rows that a request names; `limit` is applied. Close what it returns.
 
     Raises:
         NotFoundError: DATASET_NOT_FOUND.
@@ -54,22 +67,18 @@ def open_rows(source: DatasetSource) -> RowSource:
         DatasetError: DATASET_EMPTY, or DATASET_ROW for one of the first rows.
         UnavailableError, PermissionDeniedError: The Hub.
     """
-    if source.WhichOneof("origin") == "hub":
-        declared, rows = _hub_rows(source.hub)
-    else:
-        declared, rows = _path_rows(Path(source.path))
-    if source.limit:
-        rows = islice(rows, source.limit)
+    found = _hub_rows(source.hub) if source.WhichOneof("origin") == "hub" else _path_rows(Path(source.path))
+    rows = islice(found.rows, source.limit) if source.limit else found.rows
     head = list(islice(rows, ROWS_FOR_COLUMNS))
     if not head:
         raise DatasetError(
             ErrorReason.ERROR_REASON_DATASET_EMPTY, "The dataset has no rows. Give at least one row to train on."
         )
-    columns = declared or list(dict.fromkeys(chain.from_iterable(head)))
-    return RowSource(columns, chain(head, rows))
+    columns = found.columns or list(dict.fromkeys(chain.from_iterable(head)))
+    return replace(found, columns=columns, rows=chain(head, rows))
 
 
-def _path_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
+def _path_rows(path: Path) -> RowSource:
     if path.is_dir():
         check_in_place(path)
         return _folder_rows(path)
@@ -77,8 +86,8 @@ def _path_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
         file = open_pinned(path)
     except FileNotFoundError:
         raise _not_found(f"There is no file or folder {path}.") from None
-    columns, rows = _file_rows(name_of(file), path.name)
-    return columns, _while_open(file, rows)
+    columns, rows = _file_rows(file.name, path.name)
+    return RowSource(columns, _holding(file, rows), file)
 
 
 def _file_rows(path: Path, name: str) -> tuple[list[str], Iterator[Row]]:
@@ -97,9 +106,10 @@ def _file_rows(path: Path, name: str) -> tuple[list[str], Iterator[Row]]:
             raise _not_found(f"{name} is not a kind of file that is read; it must end in {', '.join(FILE_KINDS)}.")
 
 
-def _while_open(file: BufferedReader, rows: Iterator[Row]) -> Iterator[Row]:
-    with file:
-        yield from rows
+def _holding(file: PinnedFile, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, which are read by the file's name, keep it open."""
+    yield from rows
+    del file
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -200,7 +210,7 @@ def _batch_rows(batch: Any) -> Iterator[Row]:
         yield from batch.slice(start, 1024).to_pylist()
 
 
-def _folder_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
+def _folder_rows(path: Path) -> RowSource:
     import datasets
 
     try:
@@ -212,10 +222,14 @@ def _folder_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
         if name != "train" and len(loaded) > 1:
             raise _not_found(f"{path} has the splits {', '.join(loaded)}; give the path of one of them.")
         loaded = loaded[name]
-    return list(loaded.column_names), iter(loaded)
+    return _dataset_rows(loaded)
 
 
-def _hub_rows(source: HubDataset) -> tuple[list[str], Iterator[Row]]:
+def _dataset_rows(loaded: Any) -> RowSource:
+    return RowSource(list(loaded.column_names), iter(loaded), fingerprint=str(loaded._fingerprint))
+
+
+def _hub_rows(source: HubDataset) -> RowSource:
     import datasets
 
     try:
@@ -230,7 +244,7 @@ def _hub_rows(source: HubDataset) -> tuple[list[str], Iterator[Row]]:
         raise
     except Exception as error:
         raise hub.translate(error, source.name, what="dataset") from error
-    return list(loaded.column_names), iter(loaded)
+    return _dataset_rows(loaded)
 
 
 def _not_found(what: str) -> NotFoundError:

@@ -1,6 +1,7 @@
 """A whole dataset rendered: the tokenised rows that the trainer gets, and the figures of the plan."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from unslothd.v1.dataset_pb2 import DatasetSource, RowFormat
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.training_pb2 import RenderedRow
+from unslothd_server.engine.durable_files import FileSum
 from unslothd_server.engine.encoding import TokenRow
 from unslothd_server.engine.layouts import require_trainable, resolve_layout
 from unslothd_server.engine.rendering import RowRenderer
@@ -37,6 +39,8 @@ class TokenisedDataset:
         rows_without_answer: Those of the dropped rows that have nothing to learn at whatever length.
         rows_with_ignored_tools: Rows whose tools the chat template does not show.
         preview: The first rows; of a preference pair both texts.
+        file: What their file is known by; None = not a file, a file that changed while it was read, or a plan.
+        fingerprint: What `datasets` knows their folder or Hub dataset by; empty for a file.
     """
 
     rows: Any
@@ -50,6 +54,8 @@ class TokenisedDataset:
     rows_without_answer: int
     rows_with_ignored_tools: int
     preview: list[RenderedRow]
+    file: FileSum | None
+    fingerprint: str
 
     @property
     def mean_row_tokens(self) -> float:
@@ -78,24 +84,25 @@ def tokenise(
         check: Called for every row; raises to stop.
         preview_rows: Rows that are kept as text.
         like: Resolved layout of the rows that are trained on; None when these are those.
-        for_training: Refuses layouts that no method trains on.
+        for_training: Refuses layouts that no method trains on, and works out the sum of the file.
 
     Raises:
         DatasetError: DATASET_EMPTY, DATASET_COLUMNS, DATASET_ROW.
         InvalidFieldsError, NotFoundError, PermissionDeniedError, UnavailableError: As the parts say.
     """
-    opened = open_rows(source)
-    given = source.row_format if source.HasField("row_format") else None
-    row_format = resolve_layout(given, opened.columns, field=field, like=like)
-    if for_training:
-        require_trainable(row_format)
-    renderer = RowRenderer(tokenizer, row_format, max_seq_length)
     collected = _Collected()
     preview: list[RenderedRow] = []
-    for batch in _batches(opened.rows, check):
-        for seen in renderer.render(batch):
-            if collected.add(seen) and collected.num_rows <= preview_rows:
-                preview += [renderer.preview(row) for row in seen]
+    with closing(open_rows(source)) as opened:
+        given = source.row_format if source.HasField("row_format") else None
+        row_format = resolve_layout(given, opened.columns, field=field, like=like)
+        if for_training:
+            require_trainable(row_format)
+        renderer = RowRenderer(tokenizer, row_format, max_seq_length)
+        for batch in _batches(opened.rows, check):
+            for seen in renderer.render(batch):
+                if collected.add(seen) and collected.num_rows <= preview_rows:
+                    preview += [renderer.preview(row) for row in seen]
+        file = opened.file_sum() if for_training else None
     if not collected.num_rows:
         raise _nothing_left(collected, field, max_seq_length)
     return TokenisedDataset(
@@ -110,6 +117,8 @@ def tokenise(
         rows_without_answer=collected.without_answer,
         rows_with_ignored_tools=renderer.rows_with_ignored_tools,
         preview=preview,
+        file=file,
+        fingerprint=opened.fingerprint,
     )
 
 

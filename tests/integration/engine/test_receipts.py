@@ -154,6 +154,20 @@ def test_the_rows_are_told_as_they_lay_on_disk_and_as_the_trainer_got_them(
     assert told["tokens_sha256"] == sha256(expected)
 
 
+def test_the_file_that_is_told_is_the_one_that_was_trained_on(prepared: Loaded, texts: list[Row]) -> None:
+    path = prepared.folder / "out-rows.jsonl"
+    read: list[bytes] = []
+
+    def swap(event: TrainingEvent, _: StopSignal) -> None:
+        if event.HasField("started"):
+            read.append(path.read_bytes())
+            path.unlink()
+            path.write_text('{"text": "another"}')
+
+    told = receipt_of(prepared.train(texts, CONFIG, on_event=swap))["datasets"]["train"]
+    assert told["file"] == {"num_bytes": len(read[0]), "sha256": sha256(read[0])}
+
+
 def test_a_folder_of_rows_is_told_by_its_fingerprint(prepared: Loaded, texts: list[Row], tmp_path: Path) -> None:
     import datasets
 

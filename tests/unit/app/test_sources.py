@@ -75,6 +75,15 @@ def test_a_checkpoint_of_a_training_is_a_source(root: Path, roots: AllowedRoots)
     assert (found.path, asked) == (folder.resolve(), [("training-1", 40)])
 
 
+def test_a_result_that_was_replaced_by_a_link_out_of_the_roots_is_refused(
+    tmp_path: Path, root: Path, roots: AllowedRoots
+):
+    a_model(tmp_path / "outside")
+    (root / "final").symlink_to(tmp_path / "outside")
+    with pytest.raises(PermissionDeniedError):
+        resolve_model_source("training:training-1", roots, lambda training_id, step: root / "final")
+
+
 @pytest.mark.parametrize("step", ["0", "-1", "x", "1/2"])
 def test_a_checkpoint_without_a_step_is_refused(step: str, roots: AllowedRoots):
     with pytest.raises(InvalidFieldsError):

@@ -1,14 +1,17 @@
 """Rows of a file that was swapped between the server's look and the worker's: another file is never read."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd_server.engine.durable_files import FileSum
 from unslothd_server.engine.rows import ROWS_FOR_COLUMNS, open_rows
 from unslothd_server.errors import PermissionDeniedError
 
@@ -49,6 +52,7 @@ def by_a_pipe(rows: Path, secret: Path) -> None:
 
 
 @pytest.mark.parametrize("swap", [by_a_link, by_a_link_to_its_folder, by_a_pipe])
+@pytest.mark.timeout(20)
 def test_a_file_that_was_swapped_is_refused(rows: Path, secret: Path, swap: Callable[[Path, Path], None]):
     swap(rows, secret)
     with pytest.raises(PermissionDeniedError, match="was replaced after the server had checked it") as caught:
@@ -71,6 +75,38 @@ def test_a_csv_is_swapped_between_its_header_and_its_rows(rows: Path, secret: Pa
     found = open_rows(DatasetSource(path=str(table)))
     by_a_link(table, secret)
     assert list(found.rows) == ROWS
+
+
+def sum_after(rows: Path, meanwhile: Callable[[], object]) -> FileSum | None:
+    """The sum of the file that rows were read from, taken after something happened to its name or to itself."""
+    with closing(open_rows(DatasetSource(path=str(rows)))) as found:
+        meanwhile()
+        list(found.rows)
+        return found.file_sum()
+
+
+def known_by(content: bytes) -> FileSum:
+    return FileSum(len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize("swap", [by_a_link, by_a_link_to_its_folder, by_a_pipe])
+def test_the_sum_is_that_of_the_file_that_was_read(rows: Path, secret: Path, swap: Callable[[Path, Path], None]):
+    content = rows.read_bytes()
+    assert sum_after(rows, lambda: swap(rows, secret)) == known_by(content)
+
+
+def test_a_file_that_is_written_to_while_it_is_read_has_no_sum(rows: Path):
+    def append() -> None:
+        with rows.open("ab") as file:
+            file.write(b"\n" + json.dumps(SECRET).encode())
+
+    assert sum_after(rows, append) is None
+
+
+def test_the_sum_is_of_the_whole_file_also_where_only_the_first_rows_are_wanted(rows: Path):
+    with closing(open_rows(DatasetSource(path=str(rows), limit=1))) as found:
+        assert list(found.rows) == ROWS[:1]
+        assert found.file_sum() == known_by(rows.read_bytes())
 
 
 def test_a_folder_that_a_link_leads_to_by_now_is_refused(rows: Path, secret: Path):
