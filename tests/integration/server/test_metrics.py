@@ -81,6 +81,11 @@ def test_calls_are_counted_by_rpc_and_code_and_timed(server: RunningServer, stub
     assert after["unslothd_rpcs_in_progress", "rpc=ListModels"] == 0
 
 
+def test_unexpected_errors_are_counted_from_0_so_that_the_first_is_an_increase(server: RunningServer):
+    found, rpcs = scrape(server), pb.DESCRIPTOR.services_by_name["UnslothService"].methods_by_name
+    assert {found["unslothd_rpcs_total", f"code=INTERNAL,rpc={rpc}"] for rpc in rpcs} == {0}
+
+
 def test_a_training_its_watchers_and_the_queue_behind_it_are_seen_while_it_runs(
     server: RunningServer, stub: UnslothServiceStub, tmp_path: Path
 ):
