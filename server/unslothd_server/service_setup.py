@@ -16,6 +16,10 @@ from unslothd_server.app.model_workers import ModelWorkers
 from unslothd_server.app.models import Models
 from unslothd_server.app.paths import AllowedRoots
 from unslothd_server.app.service import Service
+from unslothd_server.app.training_acceptance import TrainingAcceptance
+from unslothd_server.app.training_control import TrainingControl
+from unslothd_server.app.training_queues import TrainingQueues
+from unslothd_server.app.training_recovery import TrainingRecovery
 from unslothd_server.app.training_store import TrainingStore
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.config import Settings
@@ -37,29 +41,32 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...]) 
     models = Models(model_store, admission, devices, max_loaded=settings.max_loaded_models)
     hub_token = os.environ.get("HF_TOKEN", "").strip()  # workers do not get the variable
     workers = ModelWorkers(launcher, admission, model_store, hub_token=hub_token)
-    trainings = Trainings(
-        TrainingStore(home / "trainings", settings.output_root),
-        models,
-        workers,
-        AllowedRoots(allowed),
-        datasets.rows_of,
-        max_queued=settings.max_queued_trainings,
-        heartbeat_seconds=settings.heartbeat_seconds,
-        stall_seconds=settings.stall_seconds,
-    )
+    training_store = TrainingStore(home / "trainings", settings.output_root)
+    trainings = Trainings(training_store, heartbeat_seconds=settings.heartbeat_seconds)
+    queues = TrainingQueues(models, workers, stall_seconds=settings.stall_seconds)
     # An adapter that was trained on a .gguf file names its conversion in the cache as its base model.
     model_roots = AllowedRoots(allowed, untold=[home / "cache"])
     lifecycle = ModelLifecycle(models, workers, model_store, model_roots, trainings.result_of)
     trainings.read_all()
-    recovery = ModelRecovery(models, workers, lifecycle, model_store)
-    await recovery.recover(local.attach_living(), trainings.newest_result)
-    await trainings.go_on()
+    returning = ModelRecovery(models, workers, lifecycle, model_store)
+    await returning.recover(local.attach_living(), trainings.newest_result)
+    await TrainingRecovery(trainings, queues, models, workers).recover()
     artifacts = Artifacts(home / "artifacts")
     return Service(
         datasets,
         models,
         lifecycle,
         trainings,
+        TrainingAcceptance(
+            trainings,
+            queues,
+            models,
+            training_store,
+            AllowedRoots(allowed),
+            datasets.rows_of,
+            max_queued=settings.max_queued_trainings,
+        ),
+        TrainingControl(trainings, queues, models, workers),
         Exports(models, TemporaryWorkers(launcher, admission), artifacts, settings.output_root, trainings.result_of),
         Downloads(artifacts, settings.output_root, trainings.result_of),
         launcher,

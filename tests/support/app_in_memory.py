@@ -14,6 +14,7 @@ from unslothd.v1.server_info_pb2 import Device
 from unslothd.v1.service_pb2 import LoadModelRequest, PrepareForTrainingRequest, ResumeTrainingRequest, TrainRequest
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import Training
+from unslothd_server.app.dataset_sources import StoredRows
 from unslothd_server.app.memory_admission import MemoryAdmission
 from unslothd_server.app.model_lifecycle import ModelLifecycle
 from unslothd_server.app.model_recovery import ModelRecovery
@@ -21,6 +22,10 @@ from unslothd_server.app.model_store import ModelStore
 from unslothd_server.app.model_workers import ModelWorkers
 from unslothd_server.app.models import Models
 from unslothd_server.app.paths import AllowedRoots
+from unslothd_server.app.training_acceptance import TrainingAcceptance
+from unslothd_server.app.training_control import TrainingControl
+from unslothd_server.app.training_queues import TrainingQueues
+from unslothd_server.app.training_recovery import TrainingRecovery
 from unslothd_server.app.training_run import TrainingRun
 from unslothd_server.app.training_store import TrainingStore
 from unslothd_server.app.trainings import Trainings
@@ -58,15 +63,23 @@ class AppInMemory:
         device: What there is to load onto.
         hub_token: The operator's.
         stall_seconds: After which a training counts as hung.
+        rows_of: Finds uploaded datasets.
     """
 
     def __init__(
-        self, folder: Path, device: OneDevice | None = None, *, hub_token: str = "", stall_seconds: float = 3600
+        self,
+        folder: Path,
+        device: OneDevice | None = None,
+        *,
+        hub_token: str = "",
+        stall_seconds: float = 3600,
+        rows_of: StoredRows = Path,
     ) -> None:
         self._folder = folder
         self.device = device or OneDevice()
         self._hub_token = hub_token
         self._stall_seconds = stall_seconds
+        self._rows_of = rows_of
         self.host = InMemoryHost()
 
     async def start(self) -> None:
@@ -76,21 +89,18 @@ class AppInMemory:
         admission = MemoryAdmission(self.device)
         workers = ModelWorkers(cast("Any", self.host), admission, store, hub_token=self._hub_token)
         self.models = Models(store, admission, self.device, max_loaded=3)
-        self.trainings = Trainings(
-            TrainingStore(self._folder / "trainings", self._folder / "output"),
-            self.models,
-            workers,
-            roots,
-            Path,
-            max_queued=5,
-            heartbeat_seconds=3600,
-            stall_seconds=self._stall_seconds,
+        training_store = TrainingStore(self._folder / "trainings", self._folder / "output")
+        self.trainings = Trainings(training_store, heartbeat_seconds=3600)
+        queues = TrainingQueues(self.models, workers, stall_seconds=self._stall_seconds)
+        self.acceptance = TrainingAcceptance(
+            self.trainings, queues, self.models, training_store, roots, self._rows_of, max_queued=5
         )
+        self.control = TrainingControl(self.trainings, queues, self.models, workers)
         self.lifecycle = ModelLifecycle(self.models, workers, store, roots, self.trainings.result_of)
         self.trainings.read_all()
         recovery = ModelRecovery(self.models, workers, self.lifecycle, store)
         await recovery.recover(self.host.attach_living(), self.trainings.newest_result)
-        await self.trainings.go_on()
+        await TrainingRecovery(self.trainings, queues, self.models, workers).recover()
 
     async def kill_and_start(self, *, workers: bool = False) -> None:
         """Kills the server, and its workers too if that is asked; then another one starts."""
@@ -108,7 +118,7 @@ class AppInMemory:
     def train(self, model_id: str) -> TrainingRun:
         """Begins a training."""
         rows = DatasetSource(inline=InlineRows(data=b"{}"))
-        return self.trainings.accept(TrainRequest(model_id=model_id, train_dataset=rows))
+        return self.acceptance.accept(TrainRequest(model_id=model_id, train_dataset=rows))
 
     async def at_step(self, run: TrainingRun, step: int) -> InMemoryTraining:
         """Lets a training make steps up to this one; returns what its worker has of it."""
@@ -133,7 +143,7 @@ class AppInMemory:
 
     def resume(self, run: TrainingRun) -> Training:
         """Resumes a training."""
-        return self.trainings.resume(ResumeTrainingRequest(training_id=run.training_id))
+        return self.control.resume(ResumeTrainingRequest(training_id=run.training_id))
 
     def run_of(self, run: TrainingRun) -> TrainingRun:
         """The same training in the server of now."""

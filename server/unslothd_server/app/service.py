@@ -15,6 +15,8 @@ from unslothd_server.app.model_lifecycle import ModelLifecycle
 from unslothd_server.app.models import Models
 from unslothd_server.app.ports import WarmWorkers
 from unslothd_server.app.stopping import watch_interrupted
+from unslothd_server.app.training_acceptance import TrainingAcceptance
+from unslothd_server.app.training_control import TrainingControl
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.errors import PreconditionError
 
@@ -29,7 +31,9 @@ class Service:
         datasets: Uploaded datasets.
         models: The registry of models.
         lifecycle: Loads, prepares and unloads them.
-        trainings: Trainings and their queues.
+        trainings: The registry of trainings.
+        acceptance: Takes trainings on and plans them.
+        control: Stops them and lets them go on.
         exports: Exports that run.
         downloads: Files of artifacts and checkpoints.
         warm_workers: Spares that loads take.
@@ -41,6 +45,8 @@ class Service:
     models: Models
     lifecycle: ModelLifecycle
     trainings: Trainings
+    acceptance: TrainingAcceptance
+    control: TrainingControl
     exports: Exports
     downloads: Downloads
     warm_workers: WarmWorkers
@@ -92,7 +98,7 @@ class Service:
             )
         await self.exports.stop_on(model_id)
         if pending:
-            await self.trainings.stop_all_on(model_id)
+            await self.control.stop_all_on(model_id)
         return await self.lifecycle.unload(model_id)
 
     async def close(self, *, leave_running: bool = False) -> None:
@@ -104,10 +110,10 @@ class Service:
         self.trainings.interrupt_watchers(watch_interrupted())
         await self.warm_workers.close()
         if not leave_running:
-            await self.trainings.pause_running()
+            await self.control.pause_running()
         self.models.refuse_new()
         await self.exports.close()
-        await self.trainings.close(leave_running=leave_running)
+        await self.control.close(leave_running=leave_running)
         await self.lifecycle.close(leave_workers=leave_running)
 
 

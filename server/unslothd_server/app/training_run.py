@@ -7,6 +7,7 @@ from pathlib import Path
 
 import structlog
 
+from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.training_event_pb2 import TrainingCancelled, TrainingEvent
 from unslothd.v1.training_pb2 import Checkpoint, Training
 from unslothd_server.app.event_feed import EventFeed
@@ -14,7 +15,7 @@ from unslothd_server.app.ports import Worker
 from unslothd_server.app.training_figures import TrainingFigures
 from unslothd_server.app.training_state import Recoveries, apply, is_final, now, reset, state_changed
 from unslothd_server.app.training_store import StopWish, StoredTraining, TrainingStore
-from unslothd_server.errors import UnslothdError
+from unslothd_server.errors import NotFoundError, UnslothdError
 from unslothd_server.event_log import EventLogReader, EventLogWriter
 
 log = structlog.get_logger()
@@ -102,6 +103,16 @@ class TrainingRun:
             self.append(state_changed(Training.STATE_PAUSED))
         self.keep()
 
+    def requeue(self, place: int) -> None:
+        """Takes back how it was asked to stop; it waits again, behind so many others.
+
+        Raises:
+            UnslothdError: The disk takes no more (DISK_FULL, NOT_WRITABLE).
+        """
+        self.stored.wish = StopWish.NONE
+        self.save()  # first: a wish that a restart finds beside QUEUED would be carried out
+        self.append(state_changed(Training.STATE_QUEUED, place))
+
     async def tell_worker(self) -> None:
         """Tells the worker that has it how it is to stop, if it is. Repeatable.
 
@@ -119,6 +130,24 @@ class TrainingRun:
         """Its checkpoints whose folders are still there, newest first."""
         found = [each for each in self.training.checkpoints if Path(each.path).is_dir()]
         return sorted(found, key=lambda each: each.step, reverse=True)
+
+    def checkpoint(self, step: int = 0) -> Checkpoint:
+        """Returns its checkpoint of a step, or the newest (step 0).
+
+        Raises:
+            NotFoundError: It is not on disk (CHECKPOINT_NOT_FOUND).
+        """
+        on_disk = self.checkpoints_on_disk()
+        for checkpoint in on_disk:
+            if step in {0, checkpoint.step}:
+                return checkpoint
+        there = ", ".join(str(each.step) for each in reversed(on_disk))
+        which = f"of step {step}" if step else "to go on from"
+        hint = f"There are those of the steps {there}." if there else "Start it again with Train."
+        raise NotFoundError(
+            ErrorReason.ERROR_REASON_CHECKPOINT_NOT_FOUND,
+            f'Training "{self.training_id}" has no checkpoint {which} on disk. {hint}',
+        )
 
     def newest_weights(self) -> Path | None:
         """Folder of what it has taught its model: the final adapter, else the newest checkpoint; None = nothing yet."""

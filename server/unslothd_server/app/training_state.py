@@ -30,6 +30,11 @@ def is_final(training: Training) -> bool:
     return training.state in FINAL_STATES
 
 
+def state_name(training: Training) -> str:
+    """The state for people, e.g. "running"."""
+    return Training.State.Name(training.state).removeprefix("STATE_").lower()
+
+
 def now() -> Timestamp:
     """The present time as the contract carries it."""
     timestamp = Timestamp()

@@ -100,7 +100,7 @@ class UnslothServicer(UnslothServiceServicer):
 
     async def Train(self, request: pb.TrainRequest, context: Context) -> AsyncIterator[pb.TrainResponse]:
         """Every event of a new training, from the first."""
-        run = self._service.trainings.accept(request)
+        run = self._service.acceptance.accept(request)
         try:
             async for frame in self._service.trainings.watch(run.training_id, 0):
                 yield cast(pb.TrainResponse, frame)  # bytes of one; see the interceptor's serializer
@@ -114,7 +114,7 @@ class UnslothServicer(UnslothServiceServicer):
 
     def _cancel_in_background(self, training_id: str) -> None:
         """The caller is gone, so nobody waits for this."""
-        cancelling = self._service.trainings.cancel(training_id, save_checkpoint=True)
+        cancelling = self._service.control.cancel(training_id, save_checkpoint=True)
         task = asyncio.create_task(cancelling, name=f"cancel {training_id}")
         self._background.add(task)
         task.add_done_callback(self._background_done)
@@ -143,20 +143,20 @@ class UnslothServicer(UnslothServiceServicer):
 
     async def CancelTraining(self, request: pb.CancelTrainingRequest, context: Context) -> pb.CancelTrainingResponse:
         """Stops a training at the next step boundary."""
-        training = await self._service.trainings.cancel(request.training_id, save_checkpoint=request.save_checkpoint)
+        training = await self._service.control.cancel(request.training_id, save_checkpoint=request.save_checkpoint)
         return pb.CancelTrainingResponse(training=training)
 
     async def PauseTraining(self, request: pb.PauseTrainingRequest, context: Context) -> pb.PauseTrainingResponse:
         """Stops a training at the next step boundary, to go on later."""
-        return pb.PauseTrainingResponse(training=await self._service.trainings.pause(request.training_id))
+        return pb.PauseTrainingResponse(training=await self._service.control.pause(request.training_id))
 
     async def ResumeTraining(self, request: pb.ResumeTrainingRequest, context: Context) -> pb.ResumeTrainingResponse:
         """Goes on with a training."""
-        return pb.ResumeTrainingResponse(training=self._service.trainings.resume(request))
+        return pb.ResumeTrainingResponse(training=self._service.control.resume(request))
 
     async def PlanTraining(self, request: pb.PlanTrainingRequest, context: Context) -> pb.PlanTrainingResponse:
         """What Train would do."""
-        return pb.PlanTrainingResponse(plan=await self._service.trainings.plan(request))
+        return pb.PlanTrainingResponse(plan=await self._service.acceptance.plan(request))
 
     # --- text ---
 

@@ -38,7 +38,7 @@ def test_a_resume_that_does_not_fit_is_refused_with_figures_and_the_training_sta
     async def scenario(app: AppInMemory) -> None:
         run = app.train(await app.prepared_model())
         await app.at_step(run, 2)
-        await app.trainings.pause(run.training_id)
+        await app.control.pause(run.training_id)
         await until(lambda: not app.host.living)
         written = run.training.last_sequence
         app.device.free = GIB
@@ -112,14 +112,14 @@ def test_a_training_that_waits_for_memory_can_be_stopped(tmp_path: Path, stop: s
         app.worker.die()
         await until(lambda: "WAITING_FOR_MEMORY" in warnings(run))
         if stop == "pause":
-            await app.trainings.pause(run.training_id)
+            await app.control.pause(run.training_id)
             await until(lambda: run.is_paused)
             await until(lambda: app.models.get(model_id).model.state == Model.STATE_SUSPENDED)
             app.device.free = 8 * GIB
             app.resume(run)
             assert (await app.in_worker(run)).step == 2
         else:
-            await app.trainings.cancel(run.training_id, save_checkpoint=False)
+            await app.control.cancel(run.training_id, save_checkpoint=False)
             await until(lambda: run.training.state == Training.STATE_CANCELLED)
             app.device.free = 8 * GIB
             await app.in_worker(behind)
@@ -132,7 +132,7 @@ def test_a_model_of_unknown_size_is_known_by_what_it_took(tmp_path: Path):
         app.host.memory_bytes = 5 * GIB
         run = app.train(await app.prepared_model())
         await app.at_step(run, 1)
-        await app.trainings.pause(run.training_id)
+        await app.control.pause(run.training_id)
         await until(lambda: not app.host.living)
         app.device.free = GIB
         with pytest.raises(ExhaustedError) as caught:

@@ -31,13 +31,12 @@ def test_a_dataset_that_is_deleted_under_a_plan_is_told_by_its_id(tmp_path: Path
 
     async def scenario() -> None:
         write_model(tmp_path / "roots" / "m")
-        app = AppInMemory(tmp_path)
+        app = AppInMemory(tmp_path, rows_of=rows_of)
         await app.start()
-        monkeypatch.setattr(app.trainings, "_stored_rows", rows_of)
         model_id = await app.prepared_model()
         monkeypatch.setattr(app.models.get(model_id), "worker", SimpleNamespace(plan=read_rows))
         source = DatasetSource(dataset_id="sha256:1")
-        await app.trainings.plan(PlanTrainingRequest(model_id=model_id, train_dataset=source))
+        await app.acceptance.plan(PlanTrainingRequest(model_id=model_id, train_dataset=source))
 
     with pytest.raises(NotFoundError) as caught:
         asyncio.run(scenario())

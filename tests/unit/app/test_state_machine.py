@@ -105,7 +105,7 @@ class AppMachine(RuleBasedStateMachine):
         return [model.model_id for model in self._run(self.models.describe_all())]
 
     def _all_runs(self) -> list[TrainingRun]:
-        return list(self.trainings._runs.values())
+        return list(self.trainings.all())
 
     def _training(self, pick: int) -> TrainingRun | None:
         runs = self._all_runs()
@@ -151,7 +151,7 @@ class AppMachine(RuleBasedStateMachine):
             request = TrainRequest(model_id=models[pick % len(models)], train_dataset=rows)
 
             async def call() -> None:
-                self.trainings.accept(request)
+                self._app.acceptance.accept(request)
 
             self._call(call)
 
@@ -159,13 +159,13 @@ class AppMachine(RuleBasedStateMachine):
     def cancel(self, pick: int, save: bool) -> None:
         run = self._training(pick)
         if run is not None:
-            self._call(lambda: self.trainings.cancel(run.training_id, save_checkpoint=save))
+            self._call(lambda: self._app.control.cancel(run.training_id, save_checkpoint=save))
 
     @rule(pick=_picks)
     def pause(self, pick: int) -> None:
         run = self._training(pick)
         if run is not None:
-            self._call(lambda: self.trainings.pause(run.training_id))
+            self._call(lambda: self._app.control.pause(run.training_id))
 
     @rule(pick=_picks)
     def resume(self, pick: int) -> None:
@@ -173,7 +173,7 @@ class AppMachine(RuleBasedStateMachine):
         if run is not None:
 
             async def call() -> None:
-                self.trainings.resume(ResumeTrainingRequest(training_id=run.training_id))
+                self._app.control.resume(ResumeTrainingRequest(training_id=run.training_id))
 
             self._call(call)
 
@@ -184,7 +184,7 @@ class AppMachine(RuleBasedStateMachine):
             model_id = models[pick % len(models)]
 
             async def call() -> None:
-                await self.trainings.stop_all_on(model_id)
+                await self._app.control.stop_all_on(model_id)
                 await self._app.lifecycle.unload(model_id)
 
             self._call(call)
@@ -244,9 +244,9 @@ class AppMachine(RuleBasedStateMachine):
             worker.listen()
         self.trainings.interrupt_watchers(UnavailableError(ErrorReason.ERROR_REASON_SERVER_STOPPING, "Stopping."))
         if not leave:
-            await self.trainings.pause_running()
+            await self._app.control.pause_running()
         self.models.refuse_new()
-        await self.trainings.close(leave_running=leave)
+        await self._app.control.close(leave_running=leave)
         await self._app.lifecycle.close(leave_workers=leave)
         await asyncio.gather(*self._callers)
         self._callers.clear()
@@ -331,9 +331,9 @@ class AppMachine(RuleBasedStateMachine):
     def _go_on(self, run: TrainingRun) -> None:
         async def call() -> None:
             try:
-                self.trainings.resume(ResumeTrainingRequest(training_id=run.training_id))
+                self._app.control.resume(ResumeTrainingRequest(training_id=run.training_id))
             except UnslothdError:  # its model's id is taken, or too many models are loaded
-                await self.trainings.cancel(run.training_id, save_checkpoint=False)
+                await self._app.control.cancel(run.training_id, save_checkpoint=False)
 
         self._call(call)
 

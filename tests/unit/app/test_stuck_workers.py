@@ -62,7 +62,7 @@ def test_a_training_that_waits_for_a_worker_to_end_can_be_cancelled(tmp_path: Pa
         app.train(model_id)
         behind = app.train(model_id)
         await until(lambda: "WAITING_FOR_WORKER" in warnings(behind))
-        await app.trainings.cancel(behind.training_id, save_checkpoint=False)
+        await app.control.cancel(behind.training_id, save_checkpoint=False)
         await until(lambda: behind.training.state == Training.STATE_CANCELLED)
 
     play(tmp_path, scenario, stall_seconds=0.001)
@@ -75,7 +75,7 @@ def test_a_pause_whose_worker_does_not_end_is_a_pause_all_the_same(tmp_path: Pat
         await app.at_step(run, 2)
         worker = app.worker
         worker.is_stuck = True
-        await app.trainings.pause(run.training_id)
+        await app.control.pause(run.training_id)
         await until(lambda: app.models.get(model_id).model.state == Model.STATE_FAILED)
         assert run.is_paused
         worker.is_stuck = False

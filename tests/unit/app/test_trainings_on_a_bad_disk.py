@@ -5,7 +5,7 @@ import errno
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 
@@ -25,6 +25,8 @@ from unslothd_server.app.model_store import StoredModel
 from unslothd_server.app.model_workers import ModelWorkers
 from unslothd_server.app.models import Models
 from unslothd_server.app.paths import AllowedRoots
+from unslothd_server.app.training_acceptance import TrainingAcceptance
+from unslothd_server.app.training_queues import TrainingQueues
 from unslothd_server.app.training_store import StopWish, TrainingStore
 from unslothd_server.app.trainings import Trainings
 from unslothd_server.errors import ExhaustedError
@@ -84,18 +86,21 @@ class OneModel:
         assert folder is None  # nothing was learnt
 
 
-def trainings(folder: Path, models: OneModel) -> Trainings:
+class Parts(NamedTuple):
+    """What trainings are done with."""
+
+    trainings: Trainings
+    queues: TrainingQueues
+    acceptance: TrainingAcceptance
+
+
+def parts(folder: Path, one: OneModel) -> Parts:
     store = TrainingStore(folder / "trainings", folder / "output")
-    return Trainings(
-        store,
-        cast("Models", models),
-        cast("ModelWorkers", models),
-        AllowedRoots([]),
-        Path,
-        max_queued=5,
-        heartbeat_seconds=60,
-        stall_seconds=60,
-    )
+    models = cast("Models", one)
+    registry = Trainings(store, heartbeat_seconds=60)
+    queues = TrainingQueues(models, cast("ModelWorkers", one), stall_seconds=60)
+    acceptance = TrainingAcceptance(registry, queues, models, store, AllowedRoots([]), Path, max_queued=5)
+    return Parts(registry, queues, acceptance)
 
 
 async def last_event(frames: AsyncIterator[bytes]) -> Any:
@@ -107,13 +112,13 @@ async def last_event(frames: AsyncIterator[bytes]) -> Any:
 def test_an_error_that_nobody_foresaw_fails_the_training_and_frees_the_model(tmp_path: Path):
     async def scenario() -> None:
         models = OneModel()
-        registry = trainings(tmp_path, models)
-        run = registry.accept(REQUEST)
-        event = await last_event(registry.watch(run.training_id, 0))
+        trainings, queues, acceptance = parts(tmp_path, models)
+        run = acceptance.accept(REQUEST)
+        event = await last_event(trainings.watch(run.training_id, 0))
         assert "nobody foresaw" not in event.failed.error.message
         assert run.training.state == Training.STATE_FAILED
         assert models.entry.model.state == Model.STATE_PREPARED
-        await registry.close(leave_running=False)
+        await queues.close()
 
     asyncio.run(scenario())
 
@@ -123,17 +128,17 @@ def test_a_full_disk_refuses_a_training_and_leaves_no_half_of_it(tmp_path: Path,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     async def scenario() -> None:
-        registry = trainings(tmp_path, OneModel())
+        trainings, queues, acceptance = parts(tmp_path, OneModel())
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_bytes", full)
             with pytest.raises(ExhaustedError) as caught:
-                registry.accept(REQUEST)
+                acceptance.accept(REQUEST)
         assert caught.value.reason_name == "DISK_FULL"
         assert list((tmp_path / "trainings").iterdir()) == []
-        assert registry.pending_on("m") == []
-        run = registry.accept(REQUEST)  # the request_id was not used up
-        await last_event(registry.watch(run.training_id, 0))
-        await registry.close(leave_running=False)
+        assert trainings.pending_on("m") == []
+        run = acceptance.accept(REQUEST)  # the request_id was not used up
+        await last_event(trainings.watch(run.training_id, 0))
+        await queues.close()
 
     asyncio.run(scenario())
 
@@ -167,11 +172,11 @@ def test_an_end_that_the_disk_does_not_take_is_shown_and_written_before_the_next
     async def scenario() -> None:
         models = OneModel()
         models.entry.worker = cast("Any", WorkerOnAFullDisk(disk))
-        registry = trainings(tmp_path, models)
-        run = registry.accept(REQUEST)
+        trainings, queues, acceptance = parts(tmp_path, models)
+        run = acceptance.accept(REQUEST)
         async with asyncio.timeout(10):
-            early = events_of([frame async for frame in registry.watch(run.training_id, 0)])
-            late = events_of([frame async for frame in registry.watch(run.training_id, 0)])
+            early = events_of([frame async for frame in trainings.watch(run.training_id, 0)])
+            late = events_of([frame async for frame in trainings.watch(run.training_id, 0)])
         assert early == late
         assert [event.WhichOneof("kind") for event in early] == ["state_changed", "failed"]
         assert "Free some space" in early[-1].failed.error.message
@@ -181,7 +186,7 @@ def test_an_end_that_the_disk_does_not_take_is_shown_and_written_before_the_next
         written = [entry.event for entry in EventLogReader(run.store.event_log(run.training_id)).read()]
         assert [event.sequence for event in written] == [1, 2, 3]
         assert written[:2] == early
-        await registry.close(leave_running=False)
+        await queues.close()
 
     asyncio.run(scenario())
 
@@ -191,16 +196,16 @@ def test_a_full_disk_does_not_keep_a_training_from_being_cancelled(tmp_path: Pat
     run_folder = tmp_path / "trainings"
 
     async def scenario() -> None:
-        registry = trainings(tmp_path, OneModel())
-        run = registry.accept(REQUEST)
+        trainings, queues, acceptance = parts(tmp_path, OneModel())
+        run = acceptance.accept(REQUEST)
         disk.is_full = True
         run.ask(StopWish.CANCEL)
         assert run.wish is StopWish.CANCEL
         assert not list(run_folder.glob("*/*.tmp"))  # the little room there is stays free
         disk.is_full = False
-        await last_event(registry.watch(run.training_id, 0))
+        await last_event(trainings.watch(run.training_id, 0))
         assert run.training.state == Training.STATE_CANCELLED
-        await registry.close(leave_running=False)
+        await queues.close()
 
     asyncio.run(scenario())
 
@@ -221,10 +226,10 @@ def test_a_worker_that_trains_on_when_its_training_is_given_up_is_ended_before_t
     async def scenario() -> None:
         models = OneModel()
         models.entry.worker = cast("Any", DeafToPause())
-        registry = trainings(tmp_path, models)
-        run = registry.accept(REQUEST)
-        await last_event(registry.watch(run.training_id, 0))
+        trainings, queues, acceptance = parts(tmp_path, models)
+        run = acceptance.accept(REQUEST)
+        await last_event(trainings.watch(run.training_id, 0))
         assert models.put_away_count == 1
-        await registry.close(leave_running=False)
+        await queues.close()
 
     asyncio.run(scenario())
