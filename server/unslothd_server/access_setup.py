@@ -1,5 +1,7 @@
 """From settings to who may call: the policy, the limits, the certificate, the tokens and the audit log."""
 
+from pathlib import Path
+
 import structlog
 
 from unslothd_server.access.audit import AuditLog
@@ -55,4 +57,9 @@ def certificate(settings: Settings) -> ServedCertificate | None:
 
 def audit_log(settings: Settings) -> AuditLog:
     """A line for every call."""
-    return AuditLog(settings.home / "audit.jsonl", settings.audit_log_bytes, settings.audit_log_files)
+    return AuditLog(audit_path(settings), settings.audit_log_bytes, settings.audit_log_files)
+
+
+def audit_path(settings: Settings) -> Path:
+    """Where the lines of calls are; older files lie beside it."""
+    return settings.home / "audit.jsonl"

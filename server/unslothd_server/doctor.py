@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from unslothd_server.checks import host, network, packages
-from unslothd_server.checks.access import access_findings
+from unslothd_server.checks.access import access_findings, unused_token_findings
 from unslothd_server.checks.finding import Finding, Level, count, lines, ok, problem
 from unslothd_server.checks.monitoring import monitoring_findings
 from unslothd_server.checks.start import folder_findings, model_root_findings, port_findings, state_finding
@@ -86,6 +86,7 @@ def _findings_of_settings(settings: Settings) -> Iterator[Finding]:
     yield host.mode_finding(settings.home)
     yield host.file_system_finding(settings.home)
     yield from access_findings(settings)
+    yield from unused_token_findings(settings)
     yield from monitoring_findings(settings, os.environ)
     yield from model_root_findings(settings)
     yield from host.disk_findings(settings)

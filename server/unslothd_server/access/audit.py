@@ -4,6 +4,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,6 +102,32 @@ class AuditLog:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def calls_of_tokens(path: Path) -> tuple[datetime | None, dict[str, datetime]]:
+    """Reads back who has called; lines that cannot be read are passed over.
+
+    Args:
+        path: As of the log that wrote it.
+
+    Returns:
+        Time of the oldest line of all files, None = there is none; and of the newest call of each token, by its name.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    oldest: datetime | None = None
+    newest: dict[str, datetime] = {}
+    for file in (path, *path.parent.glob(f"{path.name}.[0-9]*")):
+        with suppress(FileNotFoundError), file.open("rb") as lines:  # the server may turn them over meanwhile
+            for line in lines:
+                with suppress(ValueError, KeyError, TypeError):
+                    content = json.loads(line)
+                    when = datetime.fromisoformat(content["time"])
+                    oldest = min(oldest or when, when)
+                    if content["kind"] == "token":
+                        newest[content["caller"]] = max(newest.get(content["caller"], when), when)
+    return oldest, newest
 
 
 def _who_and_what(record: CallRecord) -> dict[str, object]:

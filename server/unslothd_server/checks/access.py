@@ -1,11 +1,17 @@
-"""Who may call: whether anybody is asked, whether anybody could answer, and how long the certificate lasts."""
+"""Who may call: whether anybody is asked, whether anybody could answer, and what lasts no longer or is not used."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 
+from unslothd_server import access_setup
+from unslothd_server.access.audit import calls_of_tokens
 from unslothd_server.access.certificates import SOON_DAYS, days_left
-from unslothd_server.access.tokens import TokenFile, TokensError
+from unslothd_server.access.tokens import Token, TokenFile, TokensError
 from unslothd_server.checks.finding import Finding, ok, problem, warning
 from unslothd_server.config import Settings, is_loopback, split_address
+
+_LONG_UNUSED = timedelta(days=30)
 
 
 def access_findings(settings: Settings) -> Iterator[Finding]:
@@ -23,6 +29,36 @@ def access_findings(settings: Settings) -> Iterator[Finding]:
     tokens = TokenFile(settings.home).path
     if tokens.exists() and tokens.stat().st_mode & 0o077:
         yield warning("file of tokens", f"other users can use {tokens}: names, scopes, hashes", f"chmod 600 {tokens}")
+    expired = ", ".join(token.name for token in _tokens(settings) if token.expired)
+    if expired:
+        mend = "unslothd tokens revoke NAME; then unslothd tokens create NAME for who still needs one."
+        yield warning("expired tokens", f"refused: {expired}", mend)
+
+
+def unused_token_findings(settings: Settings) -> Iterator[Finding]:
+    """Tokens that would be let in and made no call for long, as far back as the audit log goes. It is read whole."""
+    tokens = [token for token in _tokens(settings) if not token.expired]
+    try:
+        oldest, newest = calls_of_tokens(access_setup.audit_path(settings)) if tokens else (None, {})
+    except OSError as error:
+        yield warning("unused tokens", f"not looked for: {error}", "Run this as the server's user.")
+        return
+    if oldest is None:
+        return
+    since = {each.name: max(each.create_time, oldest, newest.get(each.name, oldest)) for each in tokens}
+    unused = [
+        f"{name} since {when:%Y-%m-%d}" for name, when in since.items() if datetime.now(UTC) - when > _LONG_UNUSED
+    ]
+    if unused:
+        text = f"no call by {', '.join(unused)}, as far as the audit log goes"
+        yield warning("unused tokens", text, "unslothd tokens revoke NAME, unless somebody still needs it.")
+
+
+def _tokens(settings: Settings) -> list[Token]:
+    """All that there are; none when the file is damaged, which `callers` tells where it matters."""
+    with suppress(TokensError, OSError):
+        return TokenFile(settings.home).read()
+    return []
 
 
 def _callers(settings: Settings) -> Finding:

@@ -2,12 +2,14 @@
 
 import json
 import stat
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from unslothd.v1.server_info_pb2 import Scope
-from unslothd_server.access.audit import AuditLog, CallRecord
-from unslothd_server.access.callers import of_certificate
+from unslothd_server.access.audit import AuditLog, CallRecord, calls_of_tokens
+from unslothd_server.access.callers import of_certificate, of_token
+from unslothd_server.access.tokens import Token
 
 ALICE, BOB = of_certificate("CN=alice", Scope.SCOPE_READ), of_certificate("CN=bob", Scope.SCOPE_READ)
 
@@ -90,3 +92,16 @@ def test_a_flood_of_refused_calls_is_one_line_a_second_and_caller(tmp_path: Path
     assert len(found) <= 5
     assert {line["caller"] for line in found} == {"CN=alice", "CN=bob"}
     assert found[-1]["code"] == "OK"
+
+
+def test_what_was_written_is_read_back_from_all_files(tmp_path: Path):
+    path, started = tmp_path / "audit.jsonl", datetime.now(UTC) - timedelta(milliseconds=1)
+    assert calls_of_tokens(path) == (None, {})
+    audit = AuditLog(path, 1, 5)  # a file a line
+    token = Token("bob's token", "0" * 64, Scope.SCOPE_READ, started, None)
+    audit.ended(record(caller=of_token(token)))
+    audit.ended(record())
+    oldest, newest = calls_of_tokens(path)
+    assert oldest is not None
+    assert started <= oldest <= datetime.now(UTC)
+    assert newest == {"bob's token": oldest}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from unslothd.cli.app import app
+from unslothd.v1.server_info_pb2 import Scope
 from unslothd_server import doctor
+from unslothd_server.access.tokens import TokenFile
 from unslothd_server.home_lock import HomeLock
 
 
@@ -65,6 +68,16 @@ def test_the_port_of_a_server_that_runs_on_this_home_is_no_problem(tmp_path: Pat
     lock.release()
     assert done.exit_code == 0
     assert f"process {os.getpid()} serves this home" in done.stdout
+
+
+def test_tokens_that_nobody_uses_are_told(tmp_path: Path):
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    TokenFile(home).create("alice", Scope.SCOPE_READ, None)
+    tokens = home / "tokens.json"
+    tokens.write_text(re.sub(r'"create_time": "\d+', '"create_time": "2020', tokens.read_text()))
+    (home / "audit.jsonl").write_text('{"time": "2020-02-01T00:00:00+00:00", "kind": "anonymous"}\n')
+    assert "no call by alice since 2020-" in diagnosed(tmp_path).stdout
 
 
 def test_settings_that_are_wrong_are_problems_and_the_rest_is_checked(tmp_path: Path):
