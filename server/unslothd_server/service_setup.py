@@ -33,7 +33,9 @@ async def build_service(settings: Settings, *, worker_command: tuple[str, ...]) 
     """Returns the service, whose models may still load and whose trainings go on."""
     home, allowed = settings.home, [*settings.model_roots, settings.output_root]
     datasets = Datasets(DatasetStore(home / "datasets"), SubprocessRowChecker(), max_bytes=settings.max_dataset_bytes)
-    local = LocalLauncher(home, trust_remote_code=settings.trust_remote_code, command=worker_command)
+    local = LocalLauncher(
+        home, trust_remote_code=settings.trust_remote_code, model_roots=allowed, command=worker_command
+    )
     launcher = WarmLauncher(local, settings.warm_workers)
     devices = HostDevices()
     admission = MemoryAdmission(devices)

@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from unslothd_server.errors import PreconditionError
 CONVERSION_VERSION = 1
 
 
-def converted_folder(file: Path, cache_dir: Path) -> Path:
+def converted_folder(file: Path, cache_dir: Path, check: Callable[[], None] = lambda: None) -> Path:
     """Returns the folder of safetensors and tokenizer that stands for a .gguf file, converting it if needed.
 
     Args:
         file: The .gguf file.
         cache_dir: Folder shared by workers; made if needed.
+        check: Called before the conversion is kept; raises where the file is not what it was.
 
     Raises:
         PreconditionError: UNSAFE_WEIGHTS: the file is damaged, or of an architecture that is not read.
@@ -35,6 +36,7 @@ def converted_folder(file: Path, cache_dir: Path) -> Path:
     try:
         with _parsed_once():
             _convert(file, work)
+        check()
         _publish(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -80,8 +82,10 @@ def _convert(file: Path, work: Path) -> None:
 
     folder, name = str(file.parent), file.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     except (ValueError, KeyError, NotImplementedError, IndexError, RuntimeError, OSError) as error:
         raise PreconditionError(
             ErrorReason.ERROR_REASON_UNSAFE_WEIGHTS,

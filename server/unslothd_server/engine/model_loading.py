@@ -10,6 +10,7 @@ from unslothd.v1.model_pb2 import LoadProgress
 from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
 from unslothd.worker.v1.worker_service_pb2 import LoadModelRequest
 from unslothd_server.engine import gguf, hub
+from unslothd_server.engine.model_files import ModelFiles, changed
 from unslothd_server.engine.model_source import (
     ModelSource,
     SourceKind,
@@ -63,18 +64,21 @@ def load_model(bootstrap: WorkerBootstrap, request: LoadModelRequest, report: Re
     Raises:
         NotFoundError: MODEL_SOURCE_NOT_FOUND.
         PreconditionError: UNSAFE_WEIGHTS, REMOTE_CODE_REFUSED.
-        PermissionDeniedError, UnavailableError: The Hub.
+        PermissionDeniedError: The Hub; files that lead out of the roots, or changed while they were read.
+        UnavailableError: The Hub.
         ExhaustedError: OUT_OF_MEMORY.
         InvalidFieldsError: dtype is unknown.
     """
     dtype = _dtype(request.dtype)
-    source = _on_this_host(find_source(request.source), bootstrap, request, report)
+    source, files = _looked_at(request.source, [Path(root) for root in bootstrap.model_roots])
+    source = _on_this_host(source, bootstrap, request, report)
     report(LoadProgress(phase=LoadProgress.PHASE_LOADING_WEIGHTS))
     if source.kind is SourceKind.GGUF:
         with hub.offline():
-            folder = gguf.converted_folder(Path(source.name), Path(bootstrap.cache_dir))
+            folder = gguf.converted_folder(Path(source.name), Path(bootstrap.cache_dir), files.require_unchanged)
         source = ModelSource(SourceKind.FOLDER, str(folder))
     model, tokenizer = _from_pretrained(source, bootstrap, request, dtype)
+    files.require_unchanged()
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -84,6 +88,15 @@ def load_model(bootstrap: WorkerBootstrap, request: LoadModelRequest, report: Re
         from_adapter=source.kind is SourceKind.ADAPTER,
         cache_dir=Path(bootstrap.cache_dir) if bootstrap.cache_dir else None,
     )
+
+
+def _looked_at(name: str, roots: list[Path]) -> tuple[ModelSource, ModelFiles]:
+    """What a request names, and its files as they were when that was told."""
+    source = find_source(name)
+    files = ModelFiles(source.places, roots)
+    if find_source(name) != source:
+        raise changed(f"{name} was replaced while it was looked at")
+    return source, files
 
 
 def _on_this_host(
@@ -136,6 +149,7 @@ def _from_pretrained(
                 full_finetuning=request.full_finetuning,
                 token=request.token or None,
                 trust_remote_code=bootstrap.trust_remote_code,
+                use_safetensors=True,
                 revision=request.revision or None,
                 **options,
             )

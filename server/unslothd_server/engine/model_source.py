@@ -32,6 +32,11 @@ class ModelSource:
     name: str
     base: str = ""
 
+    @property
+    def places(self) -> list[Path]:
+        """Where it lies on this host, and its base: all but what comes from the Hub."""
+        return [Path(name) for name in (self.name, self.base) if Path(name).is_absolute()]
+
 
 def find_source(source: str) -> ModelSource:
     """Looks at what a request names.

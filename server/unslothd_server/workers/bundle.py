@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,14 @@ class Bundle:
 
     @classmethod
     def create(
-        cls, home: Path, model_id: str, *, device_map: str, cache_dir: Path, trust_remote_code: bool = False
+        cls,
+        home: Path,
+        model_id: str,
+        *,
+        device_map: str,
+        cache_dir: Path,
+        trust_remote_code: bool = False,
+        model_roots: Sequence[Path] = (),
     ) -> "Bundle":
         """Makes the folder, mode 0700, with the bootstrap file in it. What a dead predecessor left is removed.
 
@@ -55,6 +63,7 @@ class Bundle:
             device_map: Where the model goes.
             cache_dir: Folder for converted weights, shared by workers.
             trust_remote_code: The operator's consent to code from model repositories.
+            model_roots: Where models may lie.
 
         Raises:
             ValueError: model_id is not a plain name.
@@ -62,13 +71,22 @@ class Bundle:
         _check_plain(model_id)
         home = home.resolve()
         cls.remove_of(model_id, home)
-        told = WorkerBootstrap(model_id=model_id, device_map=device_map, trust_remote_code=trust_remote_code)
+        told = WorkerBootstrap(
+            model_id=model_id,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            model_roots=map(str, model_roots),
+        )
         return cls._make(home, model_id, told, cache_dir)
 
     @classmethod
-    def create_spare(cls, home: Path, *, cache_dir: Path, trust_remote_code: bool = False) -> "Bundle":
+    def create_spare(
+        cls, home: Path, *, cache_dir: Path, trust_remote_code: bool = False, model_roots: Sequence[Path] = ()
+    ) -> "Bundle":
         """As `create`, for a worker of this server that has no model yet; its folder keeps the name that it gets."""
-        told = WorkerBootstrap(server_pid=os.getpid(), trust_remote_code=trust_remote_code)
+        told = WorkerBootstrap(
+            server_pid=os.getpid(), trust_remote_code=trust_remote_code, model_roots=map(str, model_roots)
+        )
         return cls._make(home.resolve(), f"{SPARE_PREFIX}{secrets.token_hex(4)}", told, cache_dir)
 
     @classmethod

@@ -26,6 +26,7 @@ class LocalLauncher:
         command: Program and arguments that start a worker; the folder is added. Tests start a double.
         cache_dir: Folder for converted weights; default <home>/cache.
         trust_remote_code: The operator's consent to code from model repositories.
+        model_roots: Folders that models may be read from, besides the cache; none = a worker does not look at it.
         environ: Where the workers' environment is taken from, secrets left out; default: this process's.
         timeouts: Bounds of every answer.
     """
@@ -37,6 +38,7 @@ class LocalLauncher:
         command: Sequence[str] = WORKER_COMMAND,
         cache_dir: Path | None = None,
         trust_remote_code: bool = False,
+        model_roots: Sequence[Path] = (),
         environ: Mapping[str, str] | None = None,
         timeouts: WorkerTimeouts | None = None,
     ) -> None:
@@ -44,6 +46,7 @@ class LocalLauncher:
         self._command = tuple(command)
         self._cache_dir = (cache_dir or self._home / "cache").resolve()
         self._trust_remote_code = trust_remote_code
+        self._model_roots = (*model_roots, self._cache_dir) if model_roots else ()
         self._environ = environ
         self._timeouts = timeouts or WorkerTimeouts()
 
@@ -63,12 +66,18 @@ class LocalLauncher:
             device_map=device_map,
             cache_dir=self._cache_dir,
             trust_remote_code=self._trust_remote_code,
+            model_roots=self._model_roots,
         )
         return await self._start(bundle)
 
     async def launch_spare(self) -> WorkerProcess:
         """Starts a worker that imports and waits for a model; as `launch` otherwise."""
-        bundle = Bundle.create_spare(self._home, cache_dir=self._cache_dir, trust_remote_code=self._trust_remote_code)
+        bundle = Bundle.create_spare(
+            self._home,
+            cache_dir=self._cache_dir,
+            trust_remote_code=self._trust_remote_code,
+            model_roots=self._model_roots,
+        )
         return await self._start(bundle)
 
     async def hand_over(self, spare: WorkerProcess, model_id: str, *, device_map: str) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"unslothd/worker/v1/bootstrap.proto\x12\x12unslothd.worker.v1\"\xc1\x02\n\x0fWorkerBootstrap\x12+\n\x11\x62ootstrap_version\x18\x01 \x01(\x05R\x10\x62ootstrapVersion\x12\x19\n\x08model_id\x18\x02 \x01(\tR\x07modelId\x12\x1d\n\nbundle_dir\x18\x03 \x01(\tR\tbundleDir\x12\x1f\n\x0bsocket_path\x18\x04 \x01(\tR\nsocketPath\x12\x1f\n\x0bserver_home\x18\x05 \x01(\tR\nserverHome\x12*\n\x11trust_remote_code\x18\x06 \x01(\x08R\x0ftrustRemoteCode\x12\x1d\n\ndevice_map\x18\x07 \x01(\tR\tdeviceMap\x12\x1b\n\tcache_dir\x18\x08 \x01(\tR\x08\x63\x61\x63heDir\x12\x1d\n\nserver_pid\x18\t \x01(\x03R\tserverPidb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"unslothd/worker/v1/bootstrap.proto\x12\x12unslothd.worker.v1\"\xe2\x02\n\x0fWorkerBootstrap\x12+\n\x11\x62ootstrap_version\x18\x01 \x01(\x05R\x10\x62ootstrapVersion\x12\x19\n\x08model_id\x18\x02 \x01(\tR\x07modelId\x12\x1d\n\nbundle_dir\x18\x03 \x01(\tR\tbundleDir\x12\x1f\n\x0bsocket_path\x18\x04 \x01(\tR\nsocketPath\x12\x1f\n\x0bserver_home\x18\x05 \x01(\tR\nserverHome\x12*\n\x11trust_remote_code\x18\x06 \x01(\x08R\x0ftrustRemoteCode\x12\x1d\n\ndevice_map\x18\x07 \x01(\tR\tdeviceMap\x12\x1b\n\tcache_dir\x18\x08 \x01(\tR\x08\x63\x61\x63heDir\x12\x1d\n\nserver_pid\x18\t \x01(\x03R\tserverPid\x12\x1f\n\x0bmodel_roots\x18\n \x03(\tR\nmodelRootsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'unslothd.worker.v1.bootstra
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERBOOTSTRAP']._serialized_start=59
-  _globals['_WORKERBOOTSTRAP']._serialized_end=380
+  _globals['_WORKERBOOTSTRAP']._serialized_end=413
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,10 @@
 isort:skip_file
 What a worker is told when it starts. Everything, so that a launcher on another host can tell it the same."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -31,6 +33,7 @@ class WorkerBootstrap(_message.Message):
     DEVICE_MAP_FIELD_NUMBER: _builtins.int
     CACHE_DIR_FIELD_NUMBER: _builtins.int
     SERVER_PID_FIELD_NUMBER: _builtins.int
+    MODEL_ROOTS_FIELD_NUMBER: _builtins.int
     bootstrap_version: _builtins.int
     """Version of this message's meaning; a worker refuses one that it does not know."""
     model_id: _builtins.str
@@ -49,6 +52,10 @@ class WorkerBootstrap(_message.Message):
     """Folder for converted GGUF weights, shared by workers."""
     server_pid: _builtins.int
     """Only of a spare: process id of the server that started it, with which it ends."""
+    @_builtins.property
+    def model_roots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Absolute folders that everything of a local model must lie in, links followed; none = it is not looked at."""
+
     def __init__(
         self,
         *,
@@ -61,10 +68,11 @@ class WorkerBootstrap(_message.Message):
         device_map: _builtins.str = ...,
         cache_dir: _builtins.str = ...,
         server_pid: _builtins.int = ...,
+        model_roots: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bootstrap_version", b"bootstrap_version", "bundle_dir", b"bundle_dir", "cache_dir", b"cache_dir", "device_map", b"device_map", "model_id", b"model_id", "server_home", b"server_home", "server_pid", b"server_pid", "socket_path", b"socket_path", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bootstrap_version", b"bootstrap_version", "bundle_dir", b"bundle_dir", "cache_dir", b"cache_dir", "device_map", b"device_map", "model_id", b"model_id", "model_roots", b"model_roots", "server_home", b"server_home", "server_pid", b"server_pid", "socket_path", b"socket_path", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
