@@ -1,10 +1,12 @@
 """Tokens: kept as hashes only, whole files only, and a change counts from the next look on."""
 
+import hmac
 import json
 import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from hmac import compare_digest
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,23 @@ def test_a_token_is_found_with_its_scope_and_another_is_not(file: TokenFile):
     ]
 
 
+def test_every_hash_is_compared_in_constant_time_whichever_it_is(file: TokenFile, monkeypatch: pytest.MonkeyPatch):
+    """The time itself is too short to be measured here; this is what it depends on."""
+    first, last = file.create("first", TRAIN, None), file.create("last", TRAIN, None)
+    book = TokenBook(file)
+    compared: list[str] = []
+
+    def compare(one: str, other: str) -> bool:
+        compared.append(one)
+        return compare_digest(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    for secret in (first, last, "usd_wrong"):
+        compared.clear()
+        book.find(secret)
+        assert compared == [token.sha256 for token in file.read()]
+
+
 def test_what_is_made_and_revoked_counts_from_the_next_look_on(file: TokenFile):
     book = TokenBook(file)
     assert book.find("usd_x") is None
@@ -92,6 +111,7 @@ def test_a_token_whose_time_is_over_is_known_but_does_not_hold(file: TokenFile):
 def test_a_damaged_file_lets_nobody_in_and_is_not_written_over(file: TokenFile, text: str):
     secret = file.create("alice", TRAIN, None)
     book = TokenBook(file)
+    assert book.find(secret) is not None
     file.path.write_text(text)
     assert book.find(secret) is None
     with pytest.raises(TokensError, match="damaged"):

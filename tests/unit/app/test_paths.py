@@ -207,6 +207,11 @@ class TestOpenInside:
         with open_inside(root / "rows.jsonl", root) as stream:
             assert stream.read() == b'{"text": "a"}\n'
 
+    def test_a_link_is_not_even_to_a_file_in_the_folder(self, root: Path):
+        (root / "latest.jsonl").symlink_to("rows.jsonl")
+        with pytest.raises(OSError, match="symbolic links"):
+            open_inside(root / "latest.jsonl", root)
+
     @pytest.mark.parametrize("name", ["link.jsonl", "outside/secret.jsonl", "../secret.jsonl", "zero.jsonl", "folder"])
     def test_what_lies_elsewhere_is_not(self, name: str, root: Path):
         with pytest.raises(OSError, match=r"another place|no regular file|symbolic links"):

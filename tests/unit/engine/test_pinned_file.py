@@ -7,11 +7,15 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 
 from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.error_reason_pb2 import ErrorReason
+from unslothd_server.engine import rows as rows_module
 from unslothd_server.engine.durable_files import FileSum
+from unslothd_server.engine.pinned_file import PinnedFile, open_pinned
 from unslothd_server.engine.rows import ROWS_FOR_COLUMNS, open_rows
 from unslothd_server.errors import PermissionDeniedError
 
@@ -69,12 +73,30 @@ def test_a_file_that_is_swapped_while_it_is_read_is_read_to_its_own_end(
     assert list(found.rows) == ROWS
 
 
-def test_a_csv_is_swapped_between_its_header_and_its_rows(rows: Path, secret: Path):
-    table = rows.with_suffix(".csv")
-    table.write_text("text\n" + "\n".join(row["text"] for row in ROWS))
-    found = open_rows(DatasetSource(path=str(table)))
-    by_a_link(table, secret)
-    assert list(found.rows) == ROWS
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+def test_a_file_that_is_swapped_before_its_first_row_is_read_is_read_all_the_same(
+    rows: Path, secret: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    table = pyarrow.Table.from_pylist(ROWS)
+    path = rows.with_suffix(kind)
+    match kind:
+        case ".json":
+            path.write_text(json.dumps(ROWS))
+        case ".csv":
+            pyarrow.csv.write_csv(table, path)
+        case ".parquet":
+            pyarrow.parquet.write_table(table, path)
+        case ".arrow":
+            with pyarrow.ipc.new_stream(path, table.schema) as writer:
+                writer.write_table(table)
+
+    def open_then_swap(path: Path) -> PinnedFile:
+        file = open_pinned(path)
+        by_a_link(path, secret)
+        return file
+
+    monkeypatch.setattr(rows_module, "open_pinned", open_then_swap)
+    assert list(open_rows(DatasetSource(path=str(path))).rows) == ROWS
 
 
 def sum_after(rows: Path, meanwhile: Callable[[], object]) -> FileSum | None:
