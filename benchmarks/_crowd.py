@@ -14,7 +14,7 @@ from _common import HERE, environment
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import load, prepare
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
@@ -27,9 +27,7 @@ WATCHER_PROCESSES = 3
 
 def scripted_model(server: RunningServer, stub: UnslothServiceStub, name: str) -> str:
     """Loads and prepares a model whose worker is a double; returns its id."""
-    folder = server.model_root / name
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    a_model(server, name)
     return prepare(stub, load(stub, name).model_id).model_id
 
 

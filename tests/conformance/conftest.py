@@ -1,13 +1,12 @@
 """The server of all cases, the adapters, built once, and the table of what passed."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from conformance.languages import LANGUAGES
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.secure_server import SecureServer
 
 _MARKS = {"passed": "✓", "failed": "✗", "skipped": "–"}
@@ -22,22 +21,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with RunningServer(tmp_path_factory.mktemp("conformance"), fake_workers=True) as running:
-        _a_model(running)
+        a_model(running, "tiny", token_seconds=0.01)
         yield running
 
 
 @pytest.fixture(scope="session")
 def secure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureServer]:
     with SecureServer(tmp_path_factory.mktemp("secure")) as running:
-        _a_model(running)
+        a_model(running, "tiny", token_seconds=0.01)
         yield running
-
-
-def _a_model(server: RunningServer) -> None:
-    folder = server.model_root / "tiny"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "fake.json").write_text(json.dumps({"token_seconds": 0.01}))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A real server in a process of its own, for tests and benchmarks: started, waited for, always ended."""
 
+import json
 import os
 import selectors
 import signal
@@ -116,3 +117,12 @@ class RunningServer:
                 raise
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+
+def a_model(server: RunningServer, name: str, **knobs: object) -> Path:
+    """A folder that looks like a model, with knobs for the scripted engine."""
+    folder = server.model_root / name
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "fake.json").write_text(json.dumps(knobs))
+    return folder

@@ -1,14 +1,11 @@
 """The real adapter as hosts start it, spoken to by the SDK's own client, before a real server with scripted workers."""
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from doubles.gates import StepGate
 from support.calls import prepared_model
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_pb2 import TrainingConfig
 
@@ -21,10 +18,7 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with RunningServer(tmp_path_factory.mktemp("server"), fake_workers=True) as running:
-        folder = running.model_root / "tiny"
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        (folder / "fake.json").write_text(json.dumps({}))
+        a_model(running, "tiny")
         yield running
 
 
@@ -39,10 +33,3 @@ def model_id(stub: UnslothServiceStub) -> Iterator[str]:
     """A loaded and prepared model, three steps a training."""
     with prepared_model(stub, "tiny", TrainingConfig(max_steps=3)) as model:
         yield model.model_id
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[StepGate]:
-    gate = StepGate(tmp_path / "gate")
-    yield gate
-    gate.open_all()

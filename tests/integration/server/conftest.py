@@ -1,12 +1,12 @@
 """A real server with scripted workers: everything but the engine is what users get, in milliseconds."""
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from support.running_server import RunningServer
+from support.calls import prepared_model
+from support.running_server import RunningServer, a_model
+from unslothd.v1.model_pb2 import Model
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 
 
@@ -24,10 +24,7 @@ def stub(server: RunningServer) -> Iterator[UnslothServiceStub]:
         yield UnslothServiceStub(channel)
 
 
-def a_model(server: RunningServer, name: str, **knobs: object) -> Path:
-    """A folder that looks like a model, with knobs for the scripted engine."""
-    folder = server.model_root / name
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "fake.json").write_text(json.dumps(knobs))
-    return folder
+@pytest.fixture
+def model(stub: UnslothServiceStub) -> Iterator[Model]:
+    with prepared_model(stub, "tiny") as model:
+        yield model

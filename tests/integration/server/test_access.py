@@ -17,10 +17,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
-from integration.server.conftest import a_model
 from support.callers import Metadata, bearer, info, then_silence, token_of
 from support.calls import CALL_SECONDS, CallError, error_of, inline
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.server_info_pb2 import Caller, Scope

@@ -8,13 +8,11 @@ import pytest
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, inline, load, prepare, train, watch
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_pb2 import Training, TrainingConfig
-
-from .conftest import a_model
 
 
 def back_up(server: RunningServer, to: Path) -> None:

@@ -15,11 +15,10 @@ from grpc_status import rpc_status
 
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
-from integration.server.conftest import a_model
 from support.callers import Metadata, info, then_silence, token_of
 from support.calls import CALL_SECONDS, error_of, inline
 from support.flaky_proxy import FlakyProxy
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.dataset_pb2 import DataFormat
@@ -50,12 +49,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with RunningServer(tmp_path_factory.mktemp("server"), fake_workers=True, arguments=arguments) as running:
         a_model(running, "tiny")
         yield running
-
-
-@pytest.fixture(scope="module")
-def stub(server: RunningServer) -> Iterator[UnslothServiceStub]:
-    with server.channel() as channel:
-        yield UnslothServiceStub(channel)
 
 
 @pytest.fixture

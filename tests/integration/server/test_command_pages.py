@@ -1,21 +1,17 @@
 """The commands of README.md, docs/training.md and docs/checkpoints.md run as they stand there."""
 
-import re
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, inline, prepared_model, train
-from support.pages import ROOT, to_run
+from support.page_commands import cli_commands, run_command
 from support.running_server import RunningServer
 from support.waiting import wait_until
-from unslothd.cli.app import app
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_pb2 import Training, TrainingConfig
@@ -25,23 +21,6 @@ from unslothd.v1.training_pb2 import Training, TrainingConfig
 def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(fake_row(steps=2))
-
-
-def commands(page: str) -> Iterator[str]:
-    """Each `unslothd` command of a page that talks to a server; what it is piped into is left out."""
-    for block in to_run(ROOT / page, "sh"):
-        for line in block.splitlines():
-            command = re.match(r"(?:\.venv/bin/)?unslothd ((?!serve)[^|]+)", line)
-            if command is not None:
-                yield command[1]
-
-
-def run(server: RunningServer, command: str, names: dict[str, str]) -> None:
-    for name, real in names.items():
-        command = command.replace(name, real)
-    words = [*shlex.split(command, comments=True), "--target", server.target]
-    done = CliRunner().invoke(app, words, catch_exceptions=False)
-    assert done.exit_code == 0, f"{command}\n{done.output}"
 
 
 def state_of(stub: UnslothServiceStub, training_id: str) -> "Training.State.ValueType":
@@ -66,8 +45,8 @@ def held(stub: UnslothServiceStub, model_id: str, folder: Path) -> Iterator[tupl
 
 def test_every_command_of_the_readme_runs(server: RunningServer, stub: UnslothServiceStub):
     names = {"unsloth/Llama-3.2-1B-Instruct": "tiny"}
-    for command in commands("README.md"):
-        run(server, command, names)
+    for command in cli_commands("README.md"):
+        run_command(server, command, names)
         if command.startswith("train "):
             [newest] = stub.ListTrainings(pb.ListTrainingsRequest(page_size=1), timeout=CALL_SECONDS).trainings
             names["TRAINING_ID"] = newest.training_id
@@ -81,13 +60,13 @@ def test_every_command_of_the_page_about_training_runs(server: RunningServer, st
         held(stub, model.model_id, tmp_path / "gate") as (training_id, _),
     ):
         finished, *_ = train(stub, to_unload.model_id, inline([fake_row(steps=2)]))
-        for command in commands("docs/training.md"):
+        for command in cli_commands("docs/training.md"):
             names = {
                 "unsloth/Llama-3.2-1B-Instruct": "tiny",
                 "llama-3.2-1b-instruct-unsloth": to_unload.model_id,
                 "training-20261124-054220-d50bcf": finished.training_id if "watch" in command else training_id,
             }
-            run(server, command, names)
+            run_command(server, command, names)
         wait_until(lambda: state_of(stub, training_id) == Training.STATE_CANCELLED)
 
 
@@ -100,10 +79,10 @@ def test_every_command_of_the_page_about_checkpoints_runs(
         held(stub, one.model_id, tmp_path / "one") as (training_id, go_on),
         held(stub, other.model_id, tmp_path / "other") as (other_id, other_goes_on),
     ):
-        run(server, f"pause {other_id}", {})
-        for command in commands("docs/checkpoints.md"):
+        run_command(server, f"pause {other_id}", {})
+        for command in cli_commands("docs/checkpoints.md"):
             named = other_id if "--checkpoint" in command else training_id
-            run(server, command, {"training-20261124-054220-d50bcf": named})
+            run_command(server, command, {"training-20261124-054220-d50bcf": named})
             if command.startswith("pause "):
                 for paused in (training_id, other_id):
                     wait_until(lambda paused=paused: state_of(stub, paused) == Training.STATE_PAUSED)

@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,7 +12,7 @@ import pytest
 import unslothd
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
-from support.calls import CALL_SECONDS, inline, prepared_model, watch
+from support.calls import CALL_SECONDS, inline, watch
 from support.flaky_proxy import FlakyProxy
 from support.running_server import RunningServer
 from support.stopped_watchers import stopped_watchers
@@ -29,19 +27,6 @@ NOTICED_SECONDS = 40.0  # what the client promises; gRPC's own answer to a ping 
 # The flood has 3 MB for each watcher, so 500 that queued it would hold 1.5 GB.
 FLOOD, FLOOD_BYTES = 1500, 2000
 MOST_BYTES_A_WATCHER = 150_000  # with its connection: what gRPC itself buffers, and Python's objects
-
-
-@pytest.fixture
-def model(stub: UnslothServiceStub) -> Iterator[Model]:
-    with prepared_model(stub, "tiny") as model:
-        yield model
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[StepGate]:
-    gate = StepGate(tmp_path / "gate")
-    yield gate
-    gate.open_all()
 
 
 def begin(stub: UnslothServiceStub, model: Model, **knobs: Any) -> str:

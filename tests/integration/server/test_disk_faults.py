@@ -30,13 +30,6 @@ from .test_restarts import Scene, steps, until_step
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Iterator[StepGate]:
-    gate = StepGate(tmp_path / "gate")
-    yield gate
-    gate.open_all()
-
-
-@pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
     with Scene(tmp_path) as scene:
         yield scene

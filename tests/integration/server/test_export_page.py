@@ -1,21 +1,17 @@
 """The commands of docs/export.md run as they stand there, on a model, a training and an artifact of this server."""
 
-import re
-import shlex
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from doubles.fake_worker import fake_row
 from support.calls import inline, prepared_model, train
 from support.exports import export
+from support.page_commands import cli_commands, run_command
 from support.running_server import RunningServer
-from unslothd.cli.app import app
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_pb2 import TrainingConfig
 
-PAGE = Path(__file__).parents[3] / "docs" / "export.md"
 EXAMPLES = {
     "model": "llama-3.2-1b-instruct-unsloth",
     "training": "training-20261124-120000-abcdef",
@@ -27,8 +23,7 @@ def test_every_command_of_the_page_runs(
     server: RunningServer, stub: UnslothServiceStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    commands = [line for block in blocks for line in block.splitlines() if line.startswith("unslothd ")]
+    commands = list(cli_commands("docs/export.md"))
     assert len(commands) > 5
     with prepared_model(stub, "tiny") as model:
         config = TrainingConfig(save_steps=40, output_dir="page")
@@ -42,8 +37,6 @@ def test_every_command_of_the_page_runs(
             EXAMPLES["artifact"]: export(stub, model_id=model.model_id).artifact_id,
         }
         for command in commands:
-            words = [real.get(word, word) for word in shlex.split(command, comments=True)[1:]]
-            done = CliRunner().invoke(app, [*words, "--target", server.target], catch_exceptions=False)
-            assert done.exit_code == 0, f"{command}\n{done.output}"
+            run_command(server, command, real)
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "early").iterdir()] == ["adapter_model.safetensors"]

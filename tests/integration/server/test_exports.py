@@ -14,14 +14,12 @@ from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, error_of, inline, load, prepare, prepared_model, train
 from support.exports import download, export, exporting, phases
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.artifact_pb2 import ExportFormat, TrainingCheckpoint
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_pb2 import Training, TrainingConfig
-
-from .conftest import a_model
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from integration.server.conftest import a_model
 from support.calls import CallError, error_of, load
 from support.certificates import Authority
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 

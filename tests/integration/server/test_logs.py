@@ -9,9 +9,8 @@ import grpc
 import pytest
 
 from doubles.fake_worker import fake_row
-from integration.server.conftest import a_model
 from support.calls import CALL_SECONDS, inline, prepared_model, train
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
@@ -22,12 +21,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with RunningServer(tmp_path_factory.mktemp("server"), fake_workers=True, arguments=("--verbose",)) as running:
         a_model(running, "tiny")
         yield running
-
-
-@pytest.fixture(scope="module")
-def stub(server: RunningServer) -> Iterator[UnslothServiceStub]:
-    with server.channel() as channel:
-        yield UnslothServiceStub(channel)
 
 
 def log_lines(server: RunningServer) -> list[dict[str, Any]]:

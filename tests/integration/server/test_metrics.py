@@ -13,9 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
-from integration.server.conftest import a_model
 from support.calls import CALL_SECONDS, error_of, inline, prepared_model, train, watch
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
@@ -32,12 +31,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with RunningServer(tmp_path_factory.mktemp("server"), fake_workers=True, arguments=arguments) as running:
         a_model(running, "tiny")
         yield running
-
-
-@pytest.fixture(scope="module")
-def stub(server: RunningServer) -> Iterator[UnslothServiceStub]:
-    with server.channel() as channel:
-        yield UnslothServiceStub(channel)
 
 
 def metrics_address(server: RunningServer) -> str:

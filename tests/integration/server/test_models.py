@@ -8,13 +8,11 @@ from itertools import groupby
 import pytest
 
 from support.calls import CALL_SECONDS, error_of, load, prepare, prepared_model
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.model_pb2 import LoadProgress, LoraConfig, Model
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_pb2 import TrainingConfig
-
-from .conftest import a_model
 
 
 def unload(stub: UnslothServiceStub, model_id: str) -> int:

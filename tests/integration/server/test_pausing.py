@@ -18,19 +18,6 @@ from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import Training, TrainingConfig
 
 
-@pytest.fixture
-def model(stub: UnslothServiceStub) -> Iterator[Model]:
-    with prepared_model(stub, "tiny") as model:
-        yield model
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[StepGate]:
-    gate = StepGate(tmp_path / "gate")
-    yield gate
-    gate.open_all()
-
-
 def pause(stub: UnslothServiceStub, training_id: str) -> Training:
     return stub.PauseTraining(pb.PauseTrainingRequest(training_id=training_id), timeout=CALL_SECONDS).training
 

@@ -12,7 +12,6 @@ from typer.testing import CliRunner, Result
 
 import unslothd
 from doubles.fake_worker import fake_row
-from doubles.gates import StepGate
 from support.running_server import RunningServer
 from unslothd import errors
 from unslothd.cli.app import app
@@ -31,13 +30,6 @@ def model(client: unslothd.Client) -> Iterator[unslothd.Model]:
     client.prepare(model)
     yield model
     client.unload_model(model, force=True)
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[StepGate]:
-    gate = StepGate(tmp_path / "gate")
-    yield gate
-    gate.open_all()
 
 
 def rows(**knobs: object) -> list[dict[str, object]]:

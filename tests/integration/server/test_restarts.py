@@ -12,7 +12,7 @@ import pytest
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, inline, load, prepare, prepared_model, train, watch
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.model_pb2 import Model
@@ -20,15 +20,6 @@ from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import Training, TrainingConfig
 from unslothd_server.event_log import EventLogReader
-
-from .conftest import a_model
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[StepGate]:
-    gate = StepGate(tmp_path / "gate")
-    yield gate
-    gate.open_all()
 
 
 class Scene:

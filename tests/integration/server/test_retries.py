@@ -13,14 +13,12 @@ import pytest
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, inline, load, prepare, watch
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.uploads import as_jsonl, upload
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd_server.workers.liveness import lock_holder
-
-from .conftest import a_model
 
 CALLERS = 20
 T = TypeVar("T")

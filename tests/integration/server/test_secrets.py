@@ -11,9 +11,8 @@ import psutil
 import pytest
 
 from doubles.fake_worker import fake_row
-from integration.server.conftest import a_model
 from support.calls import CALL_SECONDS, error_of, inline, prepare, train
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.uploads import as_jsonl, upload
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.artifact_pb2 import ExportFormat, TrainingCheckpoint

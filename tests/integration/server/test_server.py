@@ -13,11 +13,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, error_of, inline, load, prepared_model, train, watch
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
-
-from .conftest import a_model
 
 
 def test_the_server_tells_versions_devices_and_limits(stub: UnslothServiceStub):

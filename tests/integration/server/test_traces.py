@@ -10,11 +10,10 @@ import grpc
 import pytest
 
 from doubles.fake_worker import fake_row
-from integration.server.conftest import a_model
 from support.calls import CALL_SECONDS, error_of, inline, prepared_model, train
 from support.certificates import Authority
 from support.collectors import Collector, GrpcCollector, HttpCollector, attributes
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.uploads import as_jsonl, upload
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
@@ -37,12 +36,6 @@ def server(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> It
     with RunningServer(folder, fake_workers=True, arguments=verbose, environment=collector.environment) as running:
         a_model(running, "tiny")
         yield running
-
-
-@pytest.fixture(scope="module")
-def stub(server: RunningServer) -> Iterator[UnslothServiceStub]:
-    with server.channel() as channel:
-        yield UnslothServiceStub(channel)
 
 
 def test_a_call_is_a_span_below_that_of_its_caller(

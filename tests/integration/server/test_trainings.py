@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import grpc
 import pytest
@@ -23,13 +22,6 @@ from unslothd.v1.training_pb2 import Training, TrainingConfig
 def model(stub: UnslothServiceStub) -> Iterator[Model]:
     with prepared_model(stub, "tiny") as model:
         yield model
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[StepGate]:
-    gate = StepGate(tmp_path / "gate")
-    yield gate
-    gate.open_all()
 
 
 def kinds(events: list[TrainingEvent]) -> list[str]:

@@ -11,13 +11,11 @@ import pytest
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, inline, load, prepare, train, watch
-from support.running_server import RunningServer
+from support.running_server import RunningServer, a_model
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.model_pb2 import LoadProgress, Model
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
-
-from .conftest import a_model
 
 STARTING, LOADING = LoadProgress.PHASE_STARTING_WORKER, LoadProgress.PHASE_LOADING_WEIGHTS
 
