@@ -7,7 +7,6 @@ On a GPU host: python benchmarks/load_model.py --model FOLDER --load-in-4bit
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
-from _common import HERE, Figures, columns, environment, options_parser, run, say
+from _common import HERE, Figures, bare_arm, columns, environment, options_parser, run, say
 
 from support.calls import CALL_SECONDS, load
 from support.running_server import RunningServer
@@ -73,20 +72,7 @@ def _model(folder: Path, options: argparse.Namespace) -> Path:
 
 def _bare(folder: Path, model: Path, options: argparse.Namespace) -> dict[str, float]:
     job = {"model": str(model), "max_seq_length": options.max_seq_length, "load_in_4bit": options.load_in_4bit}
-    command = [sys.executable, str(HERE / "_bare_load.py"), json.dumps(job)]
-    # The same environment as a worker's, where it matters for speed.
-    more = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "1000",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=environment(**more), timeout=ARM_SECONDS, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"the bare script failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return bare_arm("_bare_load.py", job, folder, ARM_SECONDS)
 
 
 def _server(folder: Path, model: Path, *, spares: int) -> RunningServer:

@@ -17,7 +17,7 @@ import tempfile
 from itertools import chain
 from pathlib import Path
 
-from _common import HERE, Figures, columns, environment, options_parser, run, say
+from _common import HERE, Figures, bare_arm, columns, environment, options_parser, run, say
 
 from support.calls import load, prepare, train
 from support.running_server import RunningServer
@@ -100,20 +100,7 @@ def _bare(
         "more": options.bare_arguments,
         "config": {field.name: value for field, value in config.ListFields()},
     }
-    command = [sys.executable, str(HERE / "bare_script.py"), json.dumps(job)]
-    # The same environment as a worker's, where it matters for speed.
-    more = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "1000",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=environment(**more), timeout=ARM_SECONDS, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"the bare script failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return bare_arm("bare_script.py", job, folder, ARM_SECONDS)
 
 
 def _service(
