@@ -27,12 +27,11 @@ SERVICE_NAME = _SERVICE.full_name
 
 # gRPC refuses messages beyond this before they are read; below it our own limit answers with details.
 _TRANSPORT_LIMIT_BYTES = 64 * 1024 * 1024
-_HANDSHAKE_MS = 10_000  # who connects and says nothing is dropped then
+_HANDSHAKE_SECONDS = 10.0  # who connects and says nothing is dropped then, at the latest
 _OPTIONS = (
     ("grpc.max_receive_message_length", _TRANSPORT_LIMIT_BYTES),
     ("grpc.max_send_message_length", _TRANSPORT_LIMIT_BYTES),
     ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
-    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
@@ -42,6 +41,7 @@ def _keepalive(seconds: float) -> tuple[tuple[str, int], ...]:
     """An end that is silent for so long is asked whether it is there, and dropped without an answer in half of it."""
     ask, wait = int(seconds * 1000), int(seconds * 500)
     return (
+        ("grpc.server_handshake_timeout_ms", int(min(seconds, _HANDSHAKE_SECONDS) * 1000)),
         ("grpc.keepalive_time_ms", ask),
         ("grpc.keepalive_timeout_ms", wait),
         ("grpc.http2.ping_timeout_ms", wait),  # else the answer to the same ping may take a minute

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -171,6 +172,25 @@ def test_a_model_of_the_hub_without_network_is_told_at_once(load: LoadTiny, monk
     error = refused(load, "nobody/no-such-model")
     assert isinstance(error, UnavailableError)
     assert error.reason_name == "HUB_UNREACHABLE"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "weights.pkl", "m.h5", "modeling.py"])
+def test_neither_pickles_nor_code_are_fetched_from_the_hub(
+    load: LoadTiny, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["model.safetensors", "config.json", name, f"folder/{name}"]
+    fetched: list[str] = []
+
+    def fetch(repository: str, *, allow_patterns: list[str], **_: Any) -> str:
+        fetched.extend(filter_repo_objects(files, allow_patterns=allow_patterns))
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    refused(load, "org/model")
+    assert fetched == ["model.safetensors", "config.json"]
 
 
 def test_a_model_that_wants_its_own_code_is_refused(load: LoadTiny, tiny: Path, tmp_path: Path) -> None:

@@ -120,6 +120,44 @@ def test_streams_beyond_the_limit_are_refused_until_one_ends(stub: UnslothServic
     wait_until(lambda: [*begin()][-1].event.HasField("succeeded"))
 
 
+def test_models_beyond_the_limit_are_refused_until_one_is_unloaded(stub: UnslothServiceStub, token: Metadata):
+    def load() -> str:
+        *_, last = stub.LoadModel(pb.LoadModelRequest(model_name="tiny"), metadata=token, timeout=CALL_SECONDS)
+        return last.model.model_id
+
+    there = stub.ListModels(pb.ListModelsRequest(), metadata=token, timeout=CALL_SECONDS).models
+    own = [load() for _ in range(LIMITS["max_loaded_models"] - len(there))]
+    error = error_of(load)
+    assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "TOO_MANY_MODELS")
+    assert "Unload one" in error.message
+    stub.UnloadModel(pb.UnloadModelRequest(model_id=own.pop()), metadata=token, timeout=CALL_SECONDS)
+    for model_id in (*own, load()):
+        stub.UnloadModel(pb.UnloadModelRequest(model_id=model_id), metadata=token, timeout=CALL_SECONDS)
+
+
+def test_trainings_beyond_the_limit_of_a_models_queue_are_refused(
+    server: RunningServer, stub: UnslothServiceStub, token: Metadata, tmp_path: Path
+):
+    gate = StepGate(tmp_path / "gate")
+    *_, loaded = stub.LoadModel(pb.LoadModelRequest(model_name="tiny"), metadata=token, timeout=CALL_SECONDS)
+    model_id = loaded.model.model_id
+    stub.PrepareForTraining(pb.PrepareForTrainingRequest(model_id=model_id), metadata=token, timeout=CALL_SECONDS)
+    rows = inline([fake_row(steps=1, gate=str(gate))])
+    request = pb.TrainRequest(model_id=model_id, train_dataset=rows)
+
+    def train(number: int) -> Iterator[pb.TrainResponse]:
+        return stub.Train(request, metadata=token_of(server, f"queuing-{number}"), timeout=CALL_SECONDS)
+
+    taken = [train(number) for number in range(1 + LIMITS["max_queued_trainings"])]
+    for stream in taken:
+        next(stream)
+    error = error_of(lambda: train(len(taken)))
+    assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+    gate.open_all()
+    assert all([*stream][-1].event.HasField("succeeded") for stream in taken)
+    stub.UnloadModel(pb.UnloadModelRequest(model_id=model_id), metadata=token, timeout=CALL_SECONDS)
+
+
 def test_inline_rows_beyond_the_limit_are_refused_with_the_way_to_send_them(stub: UnslothServiceStub, token: Metadata):
     rows = inline([{"text": "x" * 200}])
     for request in (

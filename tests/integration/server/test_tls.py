@@ -1,6 +1,7 @@
 """TLS: who cannot read along, who is taken for whom by a certificate, and renewal without a restart."""
 
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from unslothd.v1.server_info_pb2 import Caller, Scope
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 
 Serve = Callable[..., RunningServer]
+SOON_SECONDS = 30.0  # gRPC's own bound is two minutes
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,12 @@ def test_on_an_address_that_others_reach_calls_are_encrypted_and_callers_need_a_
     with grpc.insecure_channel(f"127.0.0.1:{server.target.rpartition(':')[2]}") as plain:
         assert refusal(lambda: info(UnslothServiceStub(plain))) == "UNAVAILABLE"
     assert "nobody can call yet" in server.log.read_text()
+
+
+def test_who_connects_and_begins_no_handshake_is_dropped(serve: Serve):
+    host, _, port = serve("--keepalive-seconds", "1").target.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=SOON_SECONDS) as silent:
+        assert silent.recv(1) == b""
 
 
 def test_the_operator_may_let_everybody_in(serve: Serve, authority: Authority):
