@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from unslothd._async_client import AsyncClient
     from unslothd._client import Client
     from unslothd._datasets import DatasetLike, HubDataset, ServerPath, UploadedDataset, dataset
-    from unslothd._download import DownloadProgress
+    from unslothd._download_folder import DownloadProgress
     from unslothd._receipt import Finding, ReceiptError, read_receipt, verify_receipt
     from unslothd._requests import GenerationOptions, LoadOptions, LoraOptions, TrainingOptions
     from unslothd._row_format import row_format
@@ -79,7 +79,7 @@ __all__ = [
 _MODULES = {
     "unslothd._async_client": ("AsyncClient",),
     "unslothd._client": ("Client",),
-    "unslothd._download": ("DownloadProgress",),
+    "unslothd._download_folder": ("DownloadProgress",),
     "unslothd._receipt": ("Finding", "ReceiptError", "read_receipt", "verify_receipt"),
     "unslothd._requests": ("GenerationOptions", "LoadOptions", "LoraOptions", "TrainingOptions"),
     "unslothd._datasets": ("DatasetLike", "HubDataset", "ServerPath", "UploadedDataset", "dataset"),

@@ -4,7 +4,8 @@ import re
 from typing import Literal, TypeAlias, cast
 
 from unslothd import _requests, errors
-from unslothd._flows import CloseStream, Emit, Flow, Next, OpenStream, Sleep, connection_lost, ended_early
+from unslothd._flows import connection_lost, ended_early
+from unslothd._operations import CloseStream, Emit, Flow, Next, OpenStream, Sleep
 from unslothd._requests import ModelLike, TrainingLike
 from unslothd._retry import Retry
 from unslothd.v1 import artifact_pb2, model_pb2, service_pb2

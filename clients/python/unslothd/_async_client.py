@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import grpc
 
-from unslothd import _artifacts, _base, _download, _flows, _receipt, _requests
+from unslothd import _artifacts, _base, _download, _flows, _operations, _receipt, _requests
 from unslothd._artifacts import DownloadSource, ExportFormatName, ExportSource
 from unslothd._datasets import DatasetIdLike, DatasetLike, dataset_id
-from unslothd._download import DownloadProgress
+from unslothd._download_folder import DownloadProgress, Folder
 from unslothd._drive import AsyncDriver, Transport
 from unslothd._requests import DisconnectPolicyName, LoraOptions, ModelLike, Prompt, TrainingLike, TrainingState
 from unslothd._row_format import Layout
@@ -456,9 +456,7 @@ class AsyncClient(_base.BaseClient):
             UnslothdError: With code DATA_LOSS: the bytes do not have the hash that the server told.
             Unavailable: The connection was lost for longer than reconnect_timeout.
         """
-        flow = _download.download(
-            source, names, _download.Folder(Path(folder), overwrite=overwrite), self._stream_retry()
-        )
+        flow = _download.download(source, names, Folder(Path(folder), overwrite=overwrite), self._stream_retry())
         driver = AsyncDriver(flow, self._transport)
         try:
             async for progress in driver:
@@ -488,5 +486,5 @@ class AsyncClient(_base.BaseClient):
         receipt, findings = await self._call(flow)
         return [*findings, *_receipt.verify_data(receipt, data)]
 
-    async def _call(self, flow: _flows.Flow[Any, ResultT]) -> ResultT:
+    async def _call(self, flow: _operations.Flow[Any, ResultT]) -> ResultT:
         return await AsyncDriver(flow, self._transport).run()

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from unslothd import _connection, _datasets, _flows, _requests, _upload, errors
+from unslothd import _connection, _datasets, _flows, _operations, _requests, _upload, errors
 from unslothd._connection import Pem
 from unslothd._datasets import DatasetLike
 from unslothd._drive import Metadata
@@ -116,14 +116,14 @@ class BaseClient:
 
     def _unary_flow(
         self, method: str, request: Message, *, slow: bool = False, repeatable: bool = True
-    ) -> _flows.Flow[Any, Any]:
+    ) -> _operations.Flow[Any, Any]:
         timeout = max(self.timeout, _SLOW_TIMEOUT) if slow else self.timeout
         retry = self._unary_retry() if repeatable else Retry(self._peer, 0.0, first_contact=0.0)
         return _flows.unary(method, request, timeout, retry)
 
     def _load_flow(
         self, model_name: str, request_id: str | None, options: _requests.LoadOptions
-    ) -> _flows.Flow[model_pb2.LoadProgress, model_pb2.Model]:
+    ) -> _operations.Flow[model_pb2.LoadProgress, model_pb2.Model]:
         request = _requests.load_model(model_name, request_id, options)
         if request.token and self._exposed:
             raise errors.hub_token_in_plain_text(_connection.in_plain_text("Hugging Face token", self.target))
@@ -135,34 +135,38 @@ class BaseClient:
         name: str,
         data_format: FormatName | None,
         on_progress: _upload.OnProgress | None,
-    ) -> _flows.Flow[Any, dataset_pb2.Dataset]:
-        source = yield _flows.Blocking(lambda: _datasets.upload_source(data, data_format))
+    ) -> _operations.Flow[Any, dataset_pb2.Dataset]:
+        source = yield _operations.Blocking(lambda: _datasets.upload_source(data, data_format))
         return (yield from _upload.upload(source, name, self.timeout, self._stream_retry(), on_progress))
 
     def _placed_flow(
         self, train: DatasetLike, evaluation: DatasetLike | None
-    ) -> _flows.Flow[Any, tuple[DatasetLike, DatasetLike | None]]:
+    ) -> _operations.Flow[Any, tuple[DatasetLike, DatasetLike | None]]:
         """Uploads what is too large for a request; returns both, as a request can carry them."""
         placed = yield from self._place(train)
         return placed, None if evaluation is None else (yield from self._place(evaluation))
 
-    def _place(self, data: DatasetLike) -> _flows.Flow[Any, DatasetLike]:
-        placed = yield _flows.Blocking(lambda: _datasets.place(data))
+    def _place(self, data: DatasetLike) -> _operations.Flow[Any, DatasetLike]:
+        placed = yield _operations.Blocking(lambda: _datasets.place(data))
         if isinstance(placed, dataset_pb2.DatasetSource):
             return placed
         return (yield from _upload.upload(placed, "", self.timeout, self._stream_retry(), None))
 
-    def _list_datasets_flow(self, limit: int | None) -> _flows.Flow[Any, list[dataset_pb2.Dataset]]:
+    def _list_datasets_flow(self, limit: int | None) -> _operations.Flow[Any, list[dataset_pb2.Dataset]]:
         request = service_pb2.ListDatasetsRequest(page_size=min(limit or 1000, 1000))
         return _flows.list_datasets(request, limit, self.timeout, self._unary_retry())
 
-    def _train_flow(self, request: service_pb2.TrainRequest, cursor: _flows.Cursor) -> _flows.Flow[Any, _flows.Outcome]:
+    def _train_flow(
+        self, request: service_pb2.TrainRequest, cursor: _flows.Cursor
+    ) -> _operations.Flow[Any, _flows.Outcome]:
         return _flows.train(request, cursor, self._stream_retry())
 
-    def _watch_flow(self, cursor: _flows.Cursor) -> _flows.Flow[Any, _flows.Outcome]:
+    def _watch_flow(self, cursor: _flows.Cursor) -> _operations.Flow[Any, _flows.Outcome]:
         return _flows.watch(cursor, self._stream_retry(), self.timeout)
 
-    def _resume_flow(self, training: _requests.TrainingLike, checkpoint_step: int) -> _flows.Flow[Any, _flows.Cursor]:
+    def _resume_flow(
+        self, training: _requests.TrainingLike, checkpoint_step: int
+    ) -> _operations.Flow[Any, _flows.Cursor]:
         request = service_pb2.ResumeTrainingRequest(
             training_id=_requests.training_id(training), checkpoint_step=checkpoint_step
         )
@@ -174,6 +178,6 @@ class BaseClient:
         states: Sequence[_requests.TrainingState],
         labels: Mapping[str, str] | None,
         limit: int | None,
-    ) -> _flows.Flow[Any, Any]:
+    ) -> _operations.Flow[Any, Any]:
         request = _requests.list_trainings(model, states, labels, min(limit or 1000, 1000))
         return _flows.list_trainings(request, limit, self.timeout, self._unary_retry())

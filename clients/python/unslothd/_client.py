@@ -9,10 +9,10 @@ from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from unslothd import _artifacts, _base, _download, _flows, _receipt, _requests
+from unslothd import _artifacts, _base, _download, _flows, _operations, _receipt, _requests
 from unslothd._artifacts import DownloadSource, ExportFormatName, ExportSource
 from unslothd._datasets import DatasetIdLike, DatasetLike, dataset_id
-from unslothd._download import DownloadProgress
+from unslothd._download_folder import DownloadProgress, Folder
 from unslothd._drive import SyncDriver, Transport
 from unslothd._requests import DisconnectPolicyName, LoraOptions, ModelLike, Prompt, TrainingLike, TrainingState
 from unslothd._row_format import Layout
@@ -451,9 +451,7 @@ class Client(_base.BaseClient):
             UnslothdError: With code DATA_LOSS: the bytes do not have the hash that the server told.
             Unavailable: The connection was lost for longer than reconnect_timeout.
         """
-        flow = _download.download(
-            source, names, _download.Folder(Path(folder), overwrite=overwrite), self._stream_retry()
-        )
+        flow = _download.download(source, names, Folder(Path(folder), overwrite=overwrite), self._stream_retry())
         driver = SyncDriver(flow, self._transport)
         try:
             for progress in driver:
@@ -483,5 +481,5 @@ class Client(_base.BaseClient):
         receipt, findings = self._call(flow)
         return [*findings, *_receipt.verify_data(receipt, data)]
 
-    def _call(self, flow: _flows.Flow[Any, ResultT]) -> ResultT:
+    def _call(self, flow: _operations.Flow[Any, ResultT]) -> ResultT:
         return SyncDriver(flow, self._transport).run()

@@ -9,8 +9,8 @@ from typing import Any, Generic, Self, cast
 import grpc
 from google.protobuf.message import Message
 
-from unslothd import _flows, errors
-from unslothd._flows import ItemT, ResultT
+from unslothd import _operations, errors
+from unslothd._operations import ItemT, ResultT
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 
 Metadata = tuple[tuple[str, str], ...]
@@ -51,7 +51,7 @@ class Transport:
 class _Driver(Generic[ItemT, ResultT]):
     """The state of one flow: what to send back next, and its one open stream."""
 
-    def __init__(self, flow: _flows.Flow[ItemT, ResultT], transport: Transport) -> None:
+    def __init__(self, flow: _operations.Flow[ItemT, ResultT], transport: Transport) -> None:
         self._flow = flow
         self._transport = transport
         self._reply: Any = None
@@ -75,7 +75,7 @@ class _Driver(Generic[ItemT, ResultT]):
         """True once the flow has returned."""
         return self._finished
 
-    def _step(self) -> _flows.Operation | _flows.Emit[ItemT] | None:
+    def _step(self) -> _operations.Operation | _operations.Emit[ItemT] | None:
         """Resumes the flow with the last outcome; returns its next operation, or None when it has ended."""
         if self._finished or self._failure is not None:
             return None
@@ -92,7 +92,7 @@ class _Driver(Generic[ItemT, ResultT]):
             self._failure = failure
             raise
 
-    def _open(self, operation: _flows.OpenStream) -> None:
+    def _open(self, operation: _operations.OpenStream) -> None:
         self._cancel_stream()
         self._stream = self._transport.start(operation.method, operation.request, None)
         if self._failure is not None:  # closed in the meantime
@@ -118,7 +118,7 @@ class SyncDriver(_Driver[ItemT, ResultT]):
 
     def __next__(self) -> ItemT:
         while (operation := self._step()) is not None:
-            if isinstance(operation, _flows.Emit):
+            if isinstance(operation, _operations.Emit):
                 return operation.item
             try:
                 self._reply = self._perform(operation)
@@ -134,22 +134,22 @@ class SyncDriver(_Driver[ItemT, ResultT]):
             pass
         return self.result
 
-    def _perform(self, operation: _flows.Operation) -> Any:
+    def _perform(self, operation: _operations.Operation) -> Any:
         match operation:
-            case _flows.Unary():
+            case _operations.Unary():
                 return self._transport.start(operation.method, operation.request, operation.timeout)
-            case _flows.SendStream():
+            case _operations.SendStream():
                 return _response_of(self._transport.send(operation.method, iter(operation.requests)))
-            case _flows.OpenStream():
+            case _operations.OpenStream():
                 return self._open(operation)
-            case _flows.Next():
+            case _operations.Next():
                 stream = self._stream  # None after close() in another thread
                 return None if stream is None else next(stream, None)
-            case _flows.CloseStream():
+            case _operations.CloseStream():
                 self._cancel_stream()
-            case _flows.Sleep():
+            case _operations.Sleep():
                 time.sleep(operation.seconds)
-            case _flows.Blocking():
+            case _operations.Blocking():
                 return operation.call()
         return None
 
@@ -176,7 +176,7 @@ class AsyncDriver(_Driver[ItemT, ResultT]):
 
     async def __anext__(self) -> ItemT:
         while (operation := self._step()) is not None:
-            if isinstance(operation, _flows.Emit):
+            if isinstance(operation, _operations.Emit):
                 return operation.item
             try:
                 self._reply = await self._perform(operation)
@@ -192,23 +192,23 @@ class AsyncDriver(_Driver[ItemT, ResultT]):
             pass
         return self.result
 
-    async def _perform(self, operation: _flows.Operation) -> Any:
+    async def _perform(self, operation: _operations.Operation) -> Any:
         match operation:
-            case _flows.Unary():
+            case _operations.Unary():
                 call: Awaitable[Any] = self._transport.start(operation.method, operation.request, operation.timeout)
                 return await call
-            case _flows.SendStream():
+            case _operations.SendStream():
                 return await self._transport.send(operation.method, _made_in_a_thread(operation.requests))
-            case _flows.OpenStream():
+            case _operations.OpenStream():
                 return self._open(operation)
-            case _flows.Next():
+            case _operations.Next():
                 stream = self._stream
                 message = grpc.aio.EOF if stream is None else await stream.read()
                 return None if message is grpc.aio.EOF else message
-            case _flows.CloseStream():
+            case _operations.CloseStream():
                 self._cancel_stream()
-            case _flows.Sleep():
+            case _operations.Sleep():
                 await asyncio.sleep(operation.seconds)
-            case _flows.Blocking():
+            case _operations.Blocking():
                 return await asyncio.to_thread(operation.call)
         return None

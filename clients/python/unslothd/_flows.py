@@ -1,88 +1,25 @@
 """The client's logic without any input or output: generators that say what to do next.
 
-A flow yields operations; a driver (`_drive.py`) carries them out over grpc or grpc.aio and sends the outcome back in,
-or throws the `UnslothdError` that came of it. So the synchronous and the asynchronous client share every line of the
-logic of re-attaching, and tests can run it without a server.
+A flow yields operations (`_operations.py`); a driver (`_drive.py`) carries them out over grpc or grpc.aio and sends the
+outcome back in, or throws the `UnslothdError` that came of it. So the synchronous and the asynchronous client share
+every line of the logic of re-attaching, and tests can run it without a server.
 """
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
 
 from unslothd import errors
+from unslothd._operations import CloseStream, Emit, Flow, Next, OpenStream, Sleep, Unary
 from unslothd._retry import Retry
 from unslothd.v1 import dataset_pb2, generation_pb2, model_pb2, service_pb2, training_event_pb2, training_pb2
 
 # A long log comes many events at a time; whoever keeps up gets each as it happens.
 EVENTS_A_RESPONSE = 200
-
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
-
-
-@dataclass(frozen=True)
-class Unary:
-    """Make a unary call within `timeout` seconds; its response is sent back."""
-
-    method: str
-    request: Message
-    timeout: float | None
-
-
-@dataclass(frozen=True)
-class SendStream:
-    """Make a call whose requests are a stream; its one response is sent back."""
-
-    method: str
-    requests: Iterable[Message]
-
-
-@dataclass(frozen=True)
-class OpenStream:
-    """Start a streaming call, in place of the one that is open; nothing is sent back."""
-
-    method: str
-    request: Message
-
-
-@dataclass(frozen=True)
-class Next:
-    """Wait for the next message of the open stream; it is sent back, or None at the end of the stream."""
-
-
-@dataclass(frozen=True)
-class CloseStream:
-    """End the open stream; nothing is sent back."""
-
-
-@dataclass(frozen=True)
-class Sleep:
-    """Wait; nothing is sent back."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Blocking:
-    """Call this, which may wait for a disk; what it returns is sent back."""
-
-    call: Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Emit(Generic[ItemT]):
-    """Hand this to the user; nothing is sent back."""
-
-    item: ItemT
-
-
-Operation: TypeAlias = Unary | SendStream | OpenStream | Next | CloseStream | Sleep | Blocking
-# What is sent back differs from operation to operation; each flow knows what it asked for.
-Flow: TypeAlias = Generator[Operation | Emit[ItemT], Any, ResultT]
 
 _LOST_CODES = {
     grpc.StatusCode.UNAVAILABLE,

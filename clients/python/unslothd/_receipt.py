@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from unslothd import errors
-from unslothd._download import file_sha256, stays_inside
-from unslothd._flows import Flow, Next, OpenStream, Sleep, connection_lost
+from unslothd._download_folder import file_sha256, stays_inside
+from unslothd._flows import connection_lost
+from unslothd._operations import Flow, Next, OpenStream, Sleep
 from unslothd._retry import Retry
 from unslothd.v1 import artifact_pb2, service_pb2
 

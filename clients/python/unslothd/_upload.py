@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from unslothd import _flows, errors
+from unslothd import _flows, _operations, errors
 from unslothd._retry import Retry
 from unslothd._upload_sources import UploadSource
 from unslothd.v1 import dataset_pb2, service_pb2
@@ -61,9 +61,9 @@ class _Requests:
 
 def upload(
     source: UploadSource, name: str, timeout: float | None, retry: Retry, on_progress: OnProgress | None
-) -> _flows.Flow[None, dataset_pb2.Dataset]:
+) -> _operations.Flow[None, dataset_pb2.Dataset]:
     """Stores what a source has and returns the dataset; what the server has already is not sent."""
-    sha256, total = yield _flows.Blocking(lambda: _measured(source))
+    sha256, total = yield _operations.Blocking(lambda: _measured(source))
     known = yield from _find(f"sha256:{sha256}", timeout, retry)
     if known is not None and known.format == source.data_format:
         return known
@@ -71,13 +71,13 @@ def upload(
     while True:
         requests = _Requests(header, source, total, on_progress)
         try:
-            response = yield _flows.SendStream("UploadDataset", requests)
+            response = yield _operations.SendStream("UploadDataset", requests)
         except errors.UnslothdError as error:
             if requests.failure is not None:
                 raise requests.failure from None
             if not _flows.connection_lost(error):
                 raise
-            yield _flows.Sleep(retry.next_delay(error))
+            yield _operations.Sleep(retry.next_delay(error))
         else:
             retry.heard()
             return response.dataset
@@ -92,7 +92,7 @@ def _measured(source: UploadSource) -> tuple[str, int]:
     return digest.hexdigest(), total
 
 
-def _find(dataset_id: str, timeout: float | None, retry: Retry) -> _flows.Flow[None, dataset_pb2.Dataset | None]:
+def _find(dataset_id: str, timeout: float | None, retry: Retry) -> _operations.Flow[None, dataset_pb2.Dataset | None]:
     try:
         request = service_pb2.GetDatasetRequest(dataset_id=dataset_id)
         response = yield from _flows.unary("GetDataset", request, timeout, retry)

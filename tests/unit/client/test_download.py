@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 import unslothd
-from unslothd import _download, errors
+from unslothd import _download_folder, errors
 from unslothd.v1 import artifact_pb2, service_pb2
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 40, "sub/empty.txt": b""}
@@ -212,7 +212,7 @@ def test_an_unfinished_file_that_is_a_link_is_not_written_through(server, tmp_pa
 
 
 def test_a_full_disk_is_said_and_what_has_come_is_kept(server, tmp_path, monkeypatch):
-    class FullDisk(_download.FileIO):
+    class FullDisk(_download_folder.FileIO):
         def write(self, data: bytes) -> int:
             if self.tell() >= 3000:
                 raise OSError(errno.ENOSPC, "No space left on device")
@@ -221,7 +221,7 @@ def test_a_full_disk_is_said_and_what_has_come_is_kept(server, tmp_path, monkeyp
     server.script.on("DownloadArtifact", *[serving(FILES)] * 2)
     name = "adapter_model.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(_download, "FileIO", FullDisk)
+        patch.setattr(_download_folder, "FileIO", FullDisk)
         with pytest.raises(errors.ResourceExhausted, match="on this machine is full; free some space"):
             download_sync(server.target, "a1", tmp_path, names=[name])
     assert (tmp_path / f"{name}.part").stat().st_size == 3000

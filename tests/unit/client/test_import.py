@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 import unslothd
-from unslothd import _flows, errors
+from unslothd import _flows, _operations, errors
 from unslothd._retry import Peer, Retry
 from unslothd.v1 import service_pb2, training_event_pb2
 
@@ -149,22 +149,22 @@ def test_a_flow_says_what_to_do_and_does_nothing_itself():
     cursor = _flows.Cursor("t", 7)
     flow = _flows.watch(cursor, retry, 3.0)
     opened = next(flow)
-    assert isinstance(opened, _flows.OpenStream)
+    assert isinstance(opened, _operations.OpenStream)
     assert opened.request == service_pb2.WatchTrainingRequest(
         training_id="t", after_sequence=7, max_events=_flows.EVENTS_A_RESPONSE
     )
-    assert flow.send(None) == _flows.Next()
-    assert flow.throw(lost()) == _flows.Sleep(0.1)
-    assert isinstance(flow.send(None), _flows.OpenStream)
+    assert flow.send(None) == _operations.Next()
+    assert flow.throw(lost()) == _operations.Sleep(0.1)
+    assert isinstance(flow.send(None), _operations.OpenStream)
 
 
 def test_a_response_of_several_events_is_read_as_one_after_the_other():
     flow = _flows.watch(_flows.Cursor("t", 7), Retry(Peer(), 10.0), 3.0)
-    assert isinstance(next(flow), _flows.OpenStream)
-    assert flow.send(None) == _flows.Next()
+    assert isinstance(next(flow), _operations.OpenStream)
+    assert flow.send(None) == _operations.Next()
     several = [training_event_pb2.TrainingEvent(sequence=sequence) for sequence in (7, 8, 9)]
-    assert flow.send(service_pb2.WatchTrainingResponse(events=several)) == _flows.Emit(several[1])
-    assert flow.send(None) == _flows.Emit(several[2])
-    assert flow.send(None) == _flows.Next()
+    assert flow.send(service_pb2.WatchTrainingResponse(events=several)) == _operations.Emit(several[1])
+    assert flow.send(None) == _operations.Emit(several[2])
+    assert flow.send(None) == _operations.Next()
     one = training_event_pb2.TrainingEvent(sequence=10)
-    assert flow.send(service_pb2.WatchTrainingResponse(event=one)) == _flows.Emit(one)
+    assert flow.send(service_pb2.WatchTrainingResponse(event=one)) == _operations.Emit(one)

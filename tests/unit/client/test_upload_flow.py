@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from unslothd import _flows, errors
+from unslothd import _operations, errors
 from unslothd._retry import Peer, Retry
 from unslothd._upload import upload
 from unslothd.v1 import dataset_pb2, service_pb2
@@ -36,13 +36,13 @@ class Broken(Source):
         yield DATA[1]
 
 
-def started(source: Any, on_progress: Any = None) -> tuple[_flows.Flow[Any, Any], _flows.Unary]:
+def started(source: Any, on_progress: Any = None) -> tuple[_operations.Flow[Any, Any], _operations.Unary]:
     """A flow up to its question whether the server has the bytes."""
     flow = upload(source, "a name", 60.0, Retry(Peer(heard=True), 60.0), on_progress)
     measuring = next(flow)
-    assert isinstance(measuring, _flows.Blocking)
+    assert isinstance(measuring, _operations.Blocking)
     question = flow.send(measuring.call())
-    assert isinstance(question, _flows.Unary)
+    assert isinstance(question, _operations.Unary)
     assert question.request == service_pb2.GetDatasetRequest(dataset_id=STORED.dataset_id)
     return flow, question
 
@@ -65,7 +65,7 @@ def test_bytes_that_the_server_has_are_not_sent():
 def test_a_header_comes_first_then_every_block_in_order():
     flow, _ = started(Source())
     sending = flow.throw(unknown())
-    assert isinstance(sending, _flows.SendStream)
+    assert isinstance(sending, _operations.SendStream)
     header, *chunks = sending.requests
     assert header.header == service_pb2.UploadDatasetHeader(
         name="a name", format=dataset_pb2.DATA_FORMAT_CSV, sha256=SHA256
@@ -80,9 +80,9 @@ def test_after_a_lost_connection_everything_is_sent_again():
     flow, _ = started(Source())
     first = flow.throw(unknown())
     list(first.requests)
-    assert isinstance(flow.throw(lost()), _flows.Sleep)
+    assert isinstance(flow.throw(lost()), _operations.Sleep)
     again = flow.send(None)
-    assert isinstance(again, _flows.SendStream)
+    assert isinstance(again, _operations.SendStream)
     assert [each.chunk for each in again.requests][1:] == DATA
 
 
