@@ -15,6 +15,7 @@ from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, CallError, error_of, prepared_model, train, watch
 from support.running_server import RunningServer
 from support.uploads import FORMATS, as_arrow, as_jsonl, as_parquet, chunks, header, id_of, upload
+from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.dataset_pb2 import DataFormat, DatasetSource
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
@@ -404,13 +405,3 @@ def test_the_server_stays_small_while_100_mib_stream_through_it(tmp_path: Path):
 
 def get(stub: UnslothServiceStub, dataset_id: str) -> object:
     return stub.GetDataset(pb.GetDatasetRequest(dataset_id=dataset_id), timeout=CALL_SECONDS).dataset
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Looks every 10 ms, for 30 s: the server tells nobody that an upload is gone."""
-    pause = threading.Event()
-    for _ in range(3000):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("it did not come to pass within 30 s")
