@@ -21,8 +21,9 @@ from unslothd_server.engine.pass_tuning import longest_passes, tune
 from unslothd_server.engine.passes import PassSplit, split_config
 from unslothd_server.engine.prepared_rows import PreparedRows, prepare_rows
 from unslothd_server.engine.probe import DoesNotFitError, measure
+from unslothd_server.engine.service_trainer import TrainerHooks
 from unslothd_server.engine.step_clock import StepClock
-from unslothd_server.engine.trainer import TrainerHooks, build_trainer
+from unslothd_server.engine.trainer import build_trainer
 from unslothd_server.engine.untouched import model_kept, random_state_kept
 from unslothd_server.errors import AbortedError
 

@@ -33,8 +33,9 @@ from unslothd_server.engine.passes import PassSplit, split_config
 from unslothd_server.engine.prepared_rows import PreparedRows, prepare_rows
 from unslothd_server.engine.receipt import FinishedRun, write_receipt
 from unslothd_server.engine.run_figures import RunFigures
+from unslothd_server.engine.service_trainer import TrainerHooks
 from unslothd_server.engine.step_clock import StepClock
-from unslothd_server.engine.trainer import TrainerHooks, build_trainer
+from unslothd_server.engine.trainer import build_trainer
 from unslothd_server.errors import ExhaustedError, UnslothdError
 from unslothd_server.status import to_status
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
