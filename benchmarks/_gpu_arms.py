@@ -118,7 +118,8 @@ def service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> 
     home = folder / f"{arm}-{case.shape}-{case.load_in_4bit}"
     home.mkdir(exist_ok=True)
     # The spare is for the last load; it has long been ready when blocks are timed.
-    arguments = ("--model-root", str(folder / "models"), "--warm-workers", "1" if arm == "tuned" else "0")
+    roots = ("--model-root", str(model.parent), "--model-root", str(rows.parent))
+    arguments = (*roots, "--warm-workers", "1" if arm == "tuned" else "0")
     with ExitStack() as stack:
         server = stack.enter_context(RunningServer(home, arguments=arguments))
         stub = server.stub()

@@ -29,13 +29,13 @@ WORDS = ["fox", "dog", "sea", "old", "man", "story", "language", "number", "answ
 PEAK_FLOPS = 989e12
 GIB = 1024**3
 # It is far from the others, so that more says nothing more.
-HF_ROUNDS = 2
+HF_ROUNDS = 1
 PLAIN = ("hf", "unsloth")
 ARMS = (*PLAIN, "fixed", "tuned")
 
 
 CASES = {
-    "1b": Case("llama-3.2-1b", False, False, {"hf": 8, "unsloth": 10, "fixed": 10, "tuned": 20}),
+    "1b": Case("llama-3.2-1b", False, False, {"hf": 8, "unsloth": 24, "fixed": 24, "tuned": 24}),
     "1b-mixed": Case("llama-3.2-1b", False, True, {"hf": 8, "unsloth": 10, "fixed": 40, "tuned": 200}),
     "8b-4bit": Case("llama-3.1-8b", True, False, {"hf": 6, "unsloth": 8, "fixed": 8, "tuned": 14}, alone=True),
     "8b": Case("llama-3.1-8b", False, False, {"tuned": 14}),
@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--rounds", type=int, default=2, help="blocks of each arm")
     options.add_argument("--warm-up", type=int, default=4, help="first steps of a block that do not count")
     options.add_argument("--save", type=Path, help="folder for the table and the figures")
+    options.add_argument("--models", type=Path, help="folder that keeps the models; default: made anew each time")
     options.add_argument("--seconds", type=float, default=1e9, help="begin no further case after that many")
     return options
 
@@ -72,8 +73,9 @@ def measure(options: argparse.Namespace) -> Figures:
 
 def _case(name: str, folder: Path, options: argparse.Namespace, found: Figures) -> None:
     case, begin = CASES[name], time.monotonic()
-    model = _model(case.shape, folder)
-    rows = folder / "models" / f"{name}.jsonl"
+    model = _model(case.shape, (options.models or folder / "models").resolve())
+    rows = folder / "rows" / f"{name}.jsonl"
+    rows.parent.mkdir(exist_ok=True)
     _write_rows(rows, mixed=case.mixed)
     blocks: dict[str, list[Figures]] = {arm: [] for arm in options.arm or ARMS if arm in case.steps}
     together = [[arm] for arm in blocks if arm == "tuned"] if case.alone else []
@@ -120,8 +122,8 @@ def _short(block: Figures, warm_up: int) -> str:
     )
 
 
-def _model(shape: str, folder: Path) -> Path:
-    model = folder / "models" / shape
+def _model(shape: str, models: Path) -> Path:
+    model = models / shape
     if not model.exists():
         say(f"gpu: making {shape}")
         program = ROOT / "tests" / "support" / "random_llama.py"
@@ -160,7 +162,7 @@ def _summary(case: Case, blocks: list[Figures], warm_up: int) -> Figures:
         "first_passes": blocks[0].get("passes"),
         "estimate_gib": round(last.get("estimate_bytes", 0) / GIB, 2),
         "losses": [[round(loss, 5) for loss in block["losses"][:10]] for block in blocks],
-        "medians_by_block": [round(statistics.median(_durations(block, warm_up)), 4) for block in blocks],
+        "step_seconds": [[round(each, 4) for each in _durations(block, warm_up)] for block in blocks],
     }
 
 
@@ -186,9 +188,9 @@ def _beside_the_script(arms: Figures) -> Figures:
     """How much longer a step of the service takes than the plain script's with the same passes, in each round."""
     if not {"unsloth", "fixed"} <= set(arms):
         return {}
-    # In the middle of a round the script is one block ahead.
-    pairs = zip(arms["fixed"]["medians_by_block"], arms["unsloth"]["medians_by_block"], strict=False)
-    longer = [service / script - 1 for service, script in pairs]
+    # In the middle of a round the script is one block ahead; blocks begin with the same rows, and one may be longer.
+    pairs = zip(arms["fixed"]["step_seconds"], arms["unsloth"]["step_seconds"], strict=False)
+    longer = [statistics.median(a / b for a, b in zip(*pair, strict=False)) - 1 for pair in pairs]
     return {"median": round(statistics.median(longer), 4), "rounds": [round(each, 4) for each in longer]}
 
 

@@ -4,7 +4,8 @@
     python gpu_script.py '{"arm": "hf" or "unsloth", "model": "FOLDER", "load_in_4bit": true, "max_seq_length": 2048}'
 
 Loads the model once; then trains a block for every JSON line {"rows": FILE, "steps": N} on stdin, and prints its
-figures as a JSON line. Between blocks it holds no more of the device than the model.
+figures as a JSON line. Between blocks it holds no more of the device than the model. With "profile": [WARM_UP, STEPS]
+in the job, the figures of a block have the kernels of so many steps after so many others: gpu_profile.py.
 """
 
 import gc
@@ -22,6 +23,7 @@ JOB: dict[str, Any] = json.loads(sys.argv[1])
 if JOB["arm"] == "unsloth":
     import unsloth  # first: it patches what follows
 import torch
+from _kernels import KernelLook
 from datasets import load_dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -30,9 +32,10 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class Times(TrainerCallback):
-    """Notes when each step was logged, its loss, and the tokens so far."""
+    """Notes when each step was logged, its loss, and the tokens so far; shows steps to the profiler if there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: KernelLook | None) -> None:
+        self.look = look
         self.at: list[float] = []
         self.losses: list[float] = []
         self.tokens: list[int] = []
@@ -43,6 +46,8 @@ class Times(TrainerCallback):
             self.at.append(time.time())
             self.losses.append(float(logs["loss"]))
             self.tokens.append(int(state.num_input_tokens_seen))
+            if self.look:
+                self.look.step_done(state.global_step)
 
 
 def from_unsloth() -> tuple[Any, Any]:
@@ -91,7 +96,8 @@ def from_transformers() -> tuple[Any, Any]:
 
 def block(model: Any, tokenizer: Any, rows: str, steps: int) -> dict[str, Any]:
     """Trains so many steps of 2 x 4 sequences from the first row on."""
-    times = Times()
+    look = KernelLook(*JOB["profile"]) if "profile" in JOB else None
+    times = Times(look)
     torch.cuda.reset_peak_memory_stats()
     trainer = SFTTrainer(
         model=model,
@@ -125,7 +131,8 @@ def block(model: Any, tokenizer: Any, rows: str, steps: int) -> dict[str, Any]:
     model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
-    return {"at": times.at, "losses": times.losses, "tokens": times.tokens, "peak_bytes": peak}
+    kernels = {"kernels": look.figures()} if look else {}
+    return {"at": times.at, "losses": times.losses, "tokens": times.tokens, "peak_bytes": peak} | kernels
 
 
 def answer(figures: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A spare worker on a GPU host: it holds nothing of the device before it has a model, and its load has no import."""
+"""A spare worker on a GPU host: it holds no more of the device than a context, and its load has no import."""
 
 import time
 
@@ -13,11 +13,11 @@ from unslothd.v1.model_pb2 import LoadProgress
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 IMPORT_SECONDS = 300
-# Another process's context would be hundreds of MB; the driver's own bookkeeping moves by less.
-NOTHING_BYTES = 64 * 1024 * 1024
+# Of torch, with the libraries that `import unsloth` loads into it: 727 MiB on an H100.
+CONTEXT_BYTES = 1024 * 1024 * 1024
 
 
-def test_a_spare_has_no_device_memory_and_its_load_no_import(server: RunningServer, tmp_path_factory):
+def test_a_spare_holds_no_more_than_a_context_and_its_load_has_no_import(server: RunningServer, tmp_path_factory):
     arguments = ("--model-root", str(server.model_root), "--warm-workers", "1")
     with RunningServer(tmp_path_factory.mktemp("warm"), arguments=arguments) as warm:
         stub = warm.stub()
@@ -27,7 +27,7 @@ def test_a_spare_has_no_device_memory_and_its_load_no_import(server: RunningServ
 
         before = info().devices[0].free_memory_bytes
         wait_until(lambda: info().warm_workers > 0, IMPORT_SECONDS)
-        assert before - info().devices[0].free_memory_bytes < NOTHING_BYTES
+        assert before - info().devices[0].free_memory_bytes < CONTEXT_BYTES
 
         request = pb.LoadModelRequest(model_name="llama-1b", max_seq_length=512)
         began = time.monotonic()

@@ -1,0 +1,145 @@
+"""What a step of a training spends the GPU's time on: kernels by kind, idle time, launches, the dearest kernels.
+
+The engine in this process, or the plain Unsloth script of gpu.py, trains under torch's profiler for a few steps after
+warm-up. Steps are a little longer while it looks on. Beside them: the rate of one large bfloat16 product alone on this
+card, which is what matrix products could reach.
+
+    python benchmarks/gpu_profile.py --shape llama-3.1-8b --load-in-4bit
+    python benchmarks/gpu_profile.py --shape llama-3.2-1b --arm unsloth
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from _common import HERE, Figures, columns, environment, options_parser, run, say
+from _kernels import KernelLook, product_tflops
+
+from support import engine_runs, random_llama
+from unslothd.v1.training_event_pb2 import TrainingEvent
+from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig
+from unslothd_server.engine.unsloth_engine import UnslothEngine
+from unslothd_server.worker.ports import StopSignal
+
+ARMS = ("tuned", "fixed", "unsloth")
+ARM_SECONDS = 900
+WORDS = ["fox", "dog", "sea", "old", "man", "story", "language", "number", "answer", "question"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = options_parser(__doc__)
+    options.add_argument("--shape", choices=random_llama.SHAPES, default="llama-3.2-1b", help="of the random weights")
+    options.add_argument("--model", type=Path, help="folder of a model; default: one of random weights")
+    options.add_argument("--load-in-4bit", action="store_true", help="4-bit weights")
+    options.add_argument("--mixed", action="store_true", help="rows of 20 to 1500 tokens; default: all of full length")
+    arms = "tuned: the engine's defaults; fixed: the engine, 2 x 4; unsloth: a script, 2 x 4"
+    options.add_argument("--arm", choices=ARMS, default="tuned", help=arms)
+    options.add_argument("--max-seq-length", type=int, default=2048, help="tokens")
+    options.add_argument("--warm-up", type=int, default=6, help="steps before the profile")
+    options.add_argument("--steps", type=int, default=3, help="steps of the profile")
+    options.add_argument("--save", type=Path, help="folder for the table and the figures")
+    return options
+
+
+def measure(options: argparse.Namespace) -> Figures:
+    """Trains a few steps and looks at the last ones."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = options.model or _random_model(folder / "model", options.shape)
+        rows = folder / "rows.jsonl"
+        rows.write_text("\n".join(map(json.dumps, _rows(options))))
+        look = _script if options.arm == "unsloth" else _engine
+        say(f"gpu_profile: {options.arm}")
+        figures = look(model.resolve(), rows, folder, options) | {"product_tflops": product_tflops()}
+    if options.save:
+        options.save.mkdir(parents=True, exist_ok=True)
+        (options.save / "profile.json").write_text(json.dumps(figures, indent=1))
+        (options.save / "profile.txt").write_text(table(figures))
+    return figures
+
+
+def _random_model(model: Path, shape: str) -> Path:
+    say(f"gpu_profile: making {shape}")
+    command = [sys.executable, str(HERE / "_random_model.py"), str(model), shape]
+    subprocess.run(command, env=environment(), timeout=ARM_SECONDS, check=True, capture_output=True)
+    return model
+
+
+def _engine(model: Path, rows: Path, folder: Path, options: argparse.Namespace) -> Figures:
+    UnslothEngine().import_libraries()
+    loaded = engine_runs.load(
+        model, folder, load_in_4bit=options.load_in_4bit, max_seq_length=options.max_seq_length, dtype="bfloat16"
+    )
+    loaded.prepare(checkpointing=True)
+    config = TrainingConfig(max_steps=3000, warmup_steps=2, batch_size=2, gradient_accumulation_steps=4)
+    if options.arm == "tuned":
+        config.micro_batching = MICRO_BATCHING_TUNED
+    look = KernelLook(options.warm_up, options.steps)
+
+    def on_event(event: TrainingEvent, stop: StopSignal) -> None:
+        if event.HasField("step") and look.step_done(event.step.step):
+            stop.requested.set()
+
+    run_of_steps = loaded.train(rows, config, on_event=on_event)
+    passes = run_of_steps.plan.passes
+    kind = f"{passes.max_tokens} tokens, {'joined' if passes.joined else 'padded'}"
+    return look.figures() | {
+        "passes": kind if passes.max_tokens else "2 rows",
+        "checkpointing": run_of_steps.plan.config.use_gradient_checkpointing,
+    }
+
+
+def _script(model: Path, rows: Path, folder: Path, options: argparse.Namespace) -> Figures:
+    job = {
+        "arm": "unsloth",
+        "model": str(model),
+        "load_in_4bit": options.load_in_4bit,
+        "max_seq_length": options.max_seq_length,
+        "profile": [options.warm_up, options.steps],
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "gpu_script.py"), json.dumps(job)],
+        input=json.dumps({"rows": str(rows), "steps": options.warm_up + options.steps}),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=ARM_SECONDS,
+        check=True,
+        cwd=folder,
+        env=environment(UNSLOTH_DISABLE_STATISTICS="1", HF_HUB_OFFLINE="1"),
+    )
+    _loaded, trained = map(json.loads, done.stdout.splitlines())
+    return trained["kernels"] | {"passes": "2 rows", "checkpointing": True}
+
+
+def _rows(options: argparse.Namespace) -> list[engine_runs.Row]:
+    drawn = random.Random(0)
+    lengths = [
+        min(1500, max(20, int(drawn.lognormvariate(5.2, 0.75)))) if options.mixed else options.max_seq_length + 100
+        for _ in range(600)
+    ]
+    return [{"text": " ".join(drawn.choices(WORDS, k=length))} for length in lengths]
+
+
+def table(figures: Figures) -> str:
+    """For people."""
+    seconds = figures["step_seconds"]
+    shares = {**figures["kinds"], "no kernel": seconds - figures["busy_seconds"]}
+    about = (
+        f"{seconds:.4f} s and {figures['kernels_per_step']:.0f} kernels a step",
+        f"passes of {figures['passes']}, checkpointing {'on' if figures['checkpointing'] else 'off'}",
+        f"one large product alone: {figures['product_tflops']:.0f} TFLOP/s",
+    )
+    kinds = [(kind, f"{each:.4f}", f"{100 * each / seconds:.1f} %") for kind, each in shares.items()]
+    dearest = [(each["name"][:90], f"{each['seconds']:.4f}", f"{each['calls']:.0f}") for each in figures["dearest"]]
+    head = "dearest kernels"
+    tables = columns(["", "s a step", "share"], kinds), columns([head, "s a step", "calls"], dearest)
+    return "\n\n".join(["; ".join(about), *tables])
+
+
+if __name__ == "__main__":
+    run(measure, table, parser())
