@@ -112,8 +112,8 @@ class Settings(BaseModel):
         default=1,
         ge=0,
         le=16,
-        description="Spare workers that have Unsloth imported before a model is loaded; each holds about 1 GB of RAM and "
-        "0.7 GiB of the first GPU. 0 = none.",
+        description="Spare workers that have Unsloth imported before a model is loaded; each holds about 1 GB of RAM "
+        "and 0.7 GiB of the first GPU. 0 = none.",
     )
     max_queued_trainings: int = Field(
         default=100, ge=1, le=100_000, description="Most trainings that wait for their turn on one model."
