@@ -167,6 +167,13 @@ def test_nothing_but_metrics_is_served_there(server: RunningServer):
     assert answer(server, "/metrics/..")[0] == 404
 
 
+def test_that_other_hosts_can_read_them_is_a_warning_in_the_log(server: RunningServer, tmp_path: Path):
+    told = "other hosts can read the metrics; they need neither TLS nor a token"
+    with RunningServer(tmp_path, fake_workers=True, arguments=("--metrics-listen", "0.0.0.0:0")) as exposed:
+        assert told in exposed.log.read_text()
+    assert told not in server.log.read_text()
+
+
 def test_without_the_setting_only_calls_are_listened_for(tmp_path: Path):
     with RunningServer(tmp_path, fake_workers=True) as server:
         sockets = psutil.Process(server.process.pid).net_connections("tcp")
