@@ -12,6 +12,8 @@ OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion"
 # The logits and their gradient, in float32.
 LOGIT_BYTES = 8
 FLOAT32_BYTES = 4
+# Inputs of layers that are on the device while the others wait in RAM: two on their way, and the last layer's.
+INPUTS_ON_DEVICE = 3
 
 
 @dataclass(frozen=True)
@@ -21,18 +23,24 @@ class Footprint:
     Args:
         held: What the process holds now: weights, libraries.
         states: Of the optimizer.
-        fixed: Gradients of the parameters that change, and room for the loss.
+        gradients: Of the parameters that change.
+        loss: Room for the loss.
         per_token: Activations and logits, for each token of a pass.
+        offloads: The inputs of layers wait in RAM for the backward pass, so that the loss meets no activations.
     """
 
     held: int
     states: int
-    fixed: int
+    gradients: int
+    loss: int
     per_token: int
+    offloads: bool
 
     def peak(self, tokens: int) -> int:
         """Bytes at the peak of a pass of so many tokens, padding counted."""
-        return self.held + self.states + self.fixed + self.per_token * tokens
+        activations = self.per_token * tokens
+        at_once = max(self.loss, activations) if self.offloads else self.loss + activations
+        return self.held + self.states + self.gradients + at_once
 
 
 def footprint(trainer: Any) -> Footprint:
@@ -42,12 +50,23 @@ def footprint(trainer: Any) -> Footprint:
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in changing)
     name = real_optimizer(trainer.optimizer, str(getattr(trainer.args.optim, "value", trainer.args.optim)))
     states = sum(parameter.numel() for parameter in changing) * _state_bytes(name)
+    checkpointing = uses_checkpointing(model)
+    offloads = checkpointing and _on_gpu(model) and offloads_inputs()
     return Footprint(
         held=memory_bytes(),
         states=states,
-        fixed=gradients + _loss_bytes(model),
-        per_token=_activation_bytes(model, checkpointing=uses_checkpointing(model)),
+        gradients=gradients,
+        loss=_loss_bytes(model),
+        per_token=_activation_bytes(model, checkpointing=checkpointing, offloads=offloads),
+        offloads=offloads,
     )
+
+
+def offloads_inputs() -> bool:
+    """True when checkpointing is Unsloth's own, which keeps the inputs of layers in RAM; it replaces torch's for all."""
+    import torch.utils.checkpoint
+
+    return torch.utils.checkpoint.CheckpointFunction.__name__ == "UnslothCheckpointFunction"
 
 
 def _state_bytes(optimizer: str) -> int:
@@ -55,7 +74,7 @@ def _state_bytes(optimizer: str) -> int:
     return OPTIMIZER_STATES.get(kind, 2) * (1 if "8bit" in optimizer else FLOAT32_BYTES)
 
 
-def _activation_bytes(model: Any, *, checkpointing: bool) -> int:
+def _activation_bytes(model: Any, *, checkpointing: bool, offloads: bool) -> int:
     """Bytes for a token: what the backward pass needs of every layer, or every layer's input and one layer whole."""
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -71,7 +90,8 @@ def _activation_bytes(model: Any, *, checkpointing: bool) -> int:
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     values = getattr(config, "num_key_value_heads", heads) * head_dim
     layer = round(7.4 * hidden) + 2 * values + 2 * inner
-    kept = layers * hidden + layer + inner if checkpointing else layers * layer
+    inputs = min(INPUTS_ON_DEVICE, layers) if offloads else layers
+    kept = inputs * hidden + layer + inner if checkpointing else layers * layer
     return kept * element
 
 
