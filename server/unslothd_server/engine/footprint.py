@@ -63,7 +63,7 @@ def footprint(trainer: Any) -> Footprint:
 
 
 def offloads_inputs() -> bool:
-    """True when checkpointing is Unsloth's own, which keeps the inputs of layers in RAM; it replaces torch's for all."""
+    """True when checkpointing is Unsloth's own, which keeps inputs of layers in RAM; it replaces torch's for all."""
     import torch.utils.checkpoint
 
     return torch.utils.checkpoint.CheckpointFunction.__name__ == "UnslothCheckpointFunction"
