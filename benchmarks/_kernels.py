@@ -14,6 +14,7 @@ KINDS = (
     ("loss", r"cross_entropy|cce|softmax|nll"),
     ("matrix products", r"gemm|nvjet|xmma|cutlass|splitk|cublas|matmul"),
     ("norms, activations, rotary", r"rms|layer_?norm|swiglu|geglu|rope|_fg_kernel|silu"),
+    ("copies from and to the host", r"memcpy.*(dtoh|htod)"),
     ("copies", r"memcpy|memset|copy"),
     ("elementwise and sums", r"elementwise|reduce|triton|foreach|fill|cat"),
 )
