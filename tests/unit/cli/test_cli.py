@@ -235,6 +235,28 @@ def test_a_failed_training_exits_with_1_and_its_reason(server, say, cli, rows):
     assert json.loads(scripted.stderr)["error"]["reason"] == "OUT_OF_MEMORY"
 
 
+@pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.parametrize("refused", ["PrepareForTraining", "Train"])
+def test_a_refusal_after_a_load_says_how_to_take_the_model_that_is_loaded_now(server, say, cli, rows, command, refused):
+    refusal = say.refuse(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", "no", learning_rate="too large")
+    server.script.on("LoadModel", say.messages(service_pb2.LoadModelResponse(model=READY)))
+    if refused == "Train":
+        server.script.on("PrepareForTraining", say.answer(service_pb2.PrepareForTrainingResponse(model=READY)))
+        refused = "Train" if command == "train" else "PlanTraining"
+    server.script.on(refused, refusal)
+    done = cli(command, "--model", "tiny", "--dataset", rows)
+    assert done.exit_code == 1
+    assert "--model-id tiny-unsloth" in done.stderr
+    assert "INVALID_FIELD" in done.stderr
+
+
+def test_a_refusal_of_a_model_that_was_named_by_its_id_says_nothing_of_a_load(server, say, cli, rows):
+    server.script.on("GetModel", say.refuse(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", "no such model"))
+    done = cli("train", "--model-id", "m", "--dataset", rows)
+    assert done.exit_code == 1
+    assert "stays loaded" not in done.stderr
+
+
 def test_a_watch_of_a_cancelled_training_exits_with_1(server, say, cli):
     cancelled = training_event_pb2.TrainingCancelled(step=2, output_dir="/out/final")
     server.script.on("WatchTraining", say.events(6, say.event(7, cancelled=cancelled)))

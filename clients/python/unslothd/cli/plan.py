@@ -9,7 +9,7 @@ from rich.text import Text
 import unslothd
 from unslothd.cli import options, texts
 from unslothd.cli.session import Output, session
-from unslothd.cli.train import Choice, parse_dataset, prepared
+from unslothd.cli.train import Choice, parse_dataset, prepared, say_stays_loaded
 from unslothd.v1.training_pb2 import RenderedRow
 
 _LONGEST_SHOWN = 4000
@@ -53,20 +53,22 @@ def plan(
     choice = Choice(model, model_id, load_options, lora)
     rows, eval_rows = parse_dataset(dataset), parse_dataset(eval_dataset) if eval_dataset else None
     with session(server, as_json) as opened:
-        found = opened.client.plan(
-            prepared(opened, choice),
-            rows,
-            eval_rows,
-            measure=measure,
-            preview_rows=preview_rows,
-            row_format=row_format,
-            template=template,
-            **config,
-        )
+        with prepared(opened, choice) as ready:
+            found = opened.client.plan(
+                ready,
+                rows,
+                eval_rows,
+                measure=measure,
+                preview_rows=preview_rows,
+                row_format=row_format,
+                template=template,
+                **config,
+            )
         if as_json:
             opened.out.json(found)
         else:
             show(found, opened.out)
+            say_stays_loaded(ready, choice, opened.out)
 
 
 def show(plan: unslothd.TrainingPlan, out: Output) -> None:

@@ -1,5 +1,7 @@
 """`unslothd train`: load, prepare and train in one command, watched live."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -69,25 +71,24 @@ def train(
 ) -> None:
     """Train a model on rows and watch it live.
 
-    Ctrl-C detaches: the training goes on, and the command says how to watch, pause or cancel it. A second Ctrl-C quits
-    hard.
+    Ctrl-C detaches: the training goes on, and the command says how to watch, pause or cancel it. Twice: quits hard.
     """
     choice = Choice(model, model_id, load_options, lora)
     rows, eval_rows = parse_dataset(dataset), parse_dataset(eval_dataset) if eval_dataset else None
     labels = options.labels(label or [])
     with session(server, as_json) as opened:
-        ready = prepared(opened, choice)
-        run = opened.client.train(
-            ready,
-            rows,
-            eval_rows,
-            row_format=row_format,
-            template=template,
-            labels=labels,
-            request_id=request_id,
-            disconnect_policy=on_disconnect,
-            **config,
-        )
+        with prepared(opened, choice) as ready:
+            run = opened.client.train(
+                ready,
+                rows,
+                eval_rows,
+                row_format=row_format,
+                template=template,
+                labels=labels,
+                request_id=request_id,
+                disconnect_policy=on_disconnect,
+                **config,
+            )
         if not as_json:
             opened.out.note(f"training {run.training_id} on {ready}")
         follow(run, opened.out, cancels_when_left=on_disconnect == "cancel")
@@ -95,8 +96,9 @@ def train(
             _say_next(ready, run.training_id, opened.out)
 
 
-def prepared(opened: Session, choice: Choice) -> str:
-    """Returns the id of a model that is ready to be trained."""
+@contextmanager
+def prepared(opened: Session, choice: Choice) -> Generator[str]:
+    """Gives the id of a model that is ready to be trained; where that is refused, says that the model stays loaded."""
     client, out = opened.client, opened.out
     if choice.model is not None:
         model = opened.load_model(choice.model, choice.load)
@@ -104,9 +106,19 @@ def prepared(opened: Session, choice: Choice) -> str:
             models.show_loaded(model, out)
     else:
         model = client.get_model(choice.model_id or "")
-    if choice.lora or model.state == unslothd.Model.STATE_READY:
-        client.prepare(model, lora=choice.lora or None)
-    return model.model_id
+    try:
+        if choice.lora or model.state == unslothd.Model.STATE_READY:
+            client.prepare(model, lora=choice.lora or None)
+        yield model.model_id
+    except unslothd.UnslothdError:
+        say_stays_loaded(model.model_id, choice, out)
+        raise
+
+
+def say_stays_loaded(model_id: str, choice: Choice, out: Output) -> None:
+    """Says how to take a model that was just loaded, so that the next command does not load it once more."""
+    if choice.model is not None and not out.as_json:
+        out.note(f"{model_id} stays loaded; from now on take it with --model-id {model_id}")
 
 
 def _say_next(model_id: str, training_id: str, out: Output) -> None:
