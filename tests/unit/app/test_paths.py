@@ -184,7 +184,8 @@ def test_the_servers_own_folders_are_allowed_but_not_told(root: Path, tmp_path: 
     (cache / "gguf-1" / "config.json").write_text("{}")
     roots = AllowedRoots([root], untold=[cache])
     assert resolve_model_source(str(cache / "gguf-1"), roots, no_result).path == cache / "gguf-1"
-    for name in ("no such thing", "./missing", "../secret.jsonl", "/etc/passwd"):
+    (cache / "way-out").symlink_to(tmp_path / "secret.jsonl")
+    for name in ("no such thing", "./missing", "../secret.jsonl", "/etc/passwd", "./way-out"):
         with pytest.raises(UnslothdError) as caught:
             resolve_model_source(name, roots, no_result)
         assert str(cache) not in caught.value.message

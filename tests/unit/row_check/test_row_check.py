@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from support.uploads import FORMATS, as_arrow, as_csv, as_jsonl, as_parquet
+from support.waiting import wait_until
 from unslothd.v1.dataset_pb2 import DataFormat, DatasetSource
 from unslothd_server.engine.rows import open_rows
 from unslothd_server.errors import DatasetError
+from unslothd_server.row_check.__main__ import MAX_MEMORY_BYTES
 from unslothd_server.row_check.verdict import MAX_ROW_BYTES, Verdict
 
 ROWS = [{"prompt": f"q {number}", "completion": f"a ✓ {number}"} for number in range(2500)]
@@ -26,10 +29,16 @@ NAMES = {
 }
 
 
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def command(data_format: str, path: Path) -> list[str]:
+    return [sys.executable, "-m", "unslothd_server.row_check", data_format, str(path)]
+
+
 def run(data_format: str, path: Path, news: bytes) -> "subprocess.CompletedProcess[bytes]":
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "unslothd_server.row_check", data_format, str(path)]
-    return subprocess.run(command, input=news, capture_output=True, env=environment, timeout=60, check=False)
+    check = command(data_format, path)
+    return subprocess.run(check, input=news, capture_output=True, env=ENVIRONMENT, timeout=60, check=False)
 
 
 def checked(data: bytes, data_format: str, folder: Path) -> Verdict:
@@ -199,6 +208,22 @@ def test_text_of_a_table_that_is_no_utf_8_is_damage(tmp_path: Path):
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     assert "damaged" in checked(sink.getvalue().to_pybytes(), "arrow", tmp_path).cause
+
+
+def test_the_process_writes_no_file_and_no_core_and_takes_bounded_memory_and_files(tmp_path: Path):
+    bounds = {
+        psutil.RLIMIT_DATA: MAX_MEMORY_BYTES,
+        psutil.RLIMIT_NOFILE: 64,
+        psutil.RLIMIT_FSIZE: 0,
+        psutil.RLIMIT_CORE: 0,
+    }
+    (tmp_path / "rows").touch()
+    with subprocess.Popen(command("jsonl", tmp_path / "rows"), stdin=subprocess.PIPE, env=ENVIRONMENT) as process:
+        try:
+            looked_at = psutil.Process(process.pid)
+            wait_until(lambda: all(looked_at.rlimit(what) == (most, most) for what, most in bounds.items()))
+        finally:
+            process.kill()
 
 
 def test_an_upload_that_is_given_up_ends_the_process_without_a_verdict(tmp_path: Path):
