@@ -25,6 +25,12 @@ def test_every_promise_names_a_test_that_is_there():
     assert missing == []
 
 
+def test_every_threat_names_tests_that_are_there():
+    named = set(re.findall(r"`(tests/[^`]+)`", (ROOT / "docs" / "security.md").read_text()))
+    assert named
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
 def test_every_link_between_our_pages_leads_somewhere():
     broken = []
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")]:
