@@ -77,10 +77,10 @@ def days_ago(days: float) -> str:
     return (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="milliseconds")
 
 
-def a_token(home: Path, name: str, *, made_days_ago: float) -> None:
+def a_token(home: Path, name: str, *, made_days_ago: float, expired: bool = False) -> None:
     """Makes a token and lets it look as if it had been made then."""
     file = TokenFile(home)
-    file.create(name, Scope.SCOPE_READ, None)
+    file.create(name, Scope.SCOPE_READ, datetime.now(UTC) if expired else None)
     content = json.loads(file.path.read_text())
     content["tokens"][-1]["create_time"] = days_ago(made_days_ago)
     file.path.write_text(json.dumps(content))
@@ -103,8 +103,9 @@ def unused(home: Path) -> list[str]:
 def test_a_token_without_a_call_for_a_month_is_told(tmp_path: Path):
     for name in ("never", "lately", "long-ago"):
         a_token(tmp_path, name, made_days_ago=100)
-    a_log(tmp_path, {"somebody": 90, "long-ago": 40}, "audit.jsonl.1")
+    a_token(tmp_path, "over", made_days_ago=100, expired=True)
     a_log(tmp_path, {"lately": 29})
+    a_log(tmp_path, {"somebody": 90, "long-ago": 40, "lately": 60}, "audit.jsonl.1")
     assert unused(tmp_path) == ["never", "long-ago"]
 
 

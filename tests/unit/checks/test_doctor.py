@@ -28,7 +28,7 @@ def diagnosed(folder: Path, *arguments: str, listen: str = "127.0.0.1:0") -> Res
 
 
 def test_warnings_alone_end_with_0_and_the_json_has_every_finding(tmp_path: Path):
-    done = diagnosed(tmp_path, "--json", "--model-root", str(tmp_path / "missing"))
+    done = diagnosed(tmp_path, "--json", "--model-root", str(tmp_path / "missing"), "--metrics-listen", "0")
     report = json.loads(done.stdout)
     assert (done.exit_code, report["problems"]) == (0, 0)
     assert report["warnings"] >= 1
@@ -45,6 +45,7 @@ def test_warnings_alone_end_with_0_and_the_json_has_every_finding(tmp_path: Path
         "clock",
         "open files",
         "callers",
+        "metrics",
     } <= names
     assert all(finding["mend"] for finding in report["findings"] if finding["level"] != "ok")
     assert list(tmp_path.iterdir()) == []

@@ -71,6 +71,15 @@ def test_the_port_of_the_metrics_has_to_be_free_too(tmp_path: Path, taken_port: 
     assert f"metrics listen 127.0.0.1:{taken_port} cannot be listened on" in report
 
 
+def test_traces_that_cannot_be_sent_are_a_warning_with_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
+    code, report = checked(tmp_path)
+    assert code == 0
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL=http/json is not supported" in report
+    assert "→ Set it to grpc or http/protobuf." in report
+
+
 def test_a_server_that_ended_does_not_hold_its_home(tmp_path: Path):
     (tmp_path / "home").mkdir()
     HomeLock(tmp_path / "home").release()
