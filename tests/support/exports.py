@@ -3,12 +3,16 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from support.calls import CALL_SECONDS
+from doubles.fake_worker import fake_row
+from support.calls import CALL_SECONDS, inline, prepared_model, train
+from support.running_server import RunningServer
 from unslothd.v1 import service_pb2 as pb
-from unslothd.v1.artifact_pb2 import Artifact, ArtifactFile, ExportProgress
+from unslothd.v1.artifact_pb2 import Artifact, ArtifactFile, ExportProgress, TrainingCheckpoint
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
+from unslothd.v1.training_pb2 import Training, TrainingConfig
 
 LARGEST_CHUNK = 1 << 20
 
@@ -60,3 +64,28 @@ def download(stub: UnslothServiceStub, **fields: Any) -> Downloaded:
         if len(content) == header.num_bytes:
             assert hashlib.sha256(content).hexdigest() == header.sha256
     return result
+
+
+def train_job(server: RunningServer, stub: UnslothServiceStub) -> Training:
+    """Trains into "job": a checkpoint at step 2 and a result; both have what Transformers and PEFT leave in them."""
+    with prepared_model(stub, "tiny") as model:
+        config = TrainingConfig(save_steps=2, output_dir="job")
+        first, *_ = train(stub, model.model_id, inline([fake_row(steps=3)]), training_config=config)
+    result = stub.GetTraining(pb.GetTrainingRequest(training_id=first.training_id), timeout=CALL_SECONDS).training
+    for folder in (server.output_root / "job" / "final", server.output_root / "job" / "checkpoint-2"):
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 5000)
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "optimizer.pt").write_bytes(b"moments")
+        (folder / "trainer_state.json").write_text("{}")
+    return result
+
+
+def checkpoint_of(training: Training, step: int = 0) -> TrainingCheckpoint:
+    """Names the checkpoint of a step, or the result (0)."""
+    return TrainingCheckpoint(training_id=training.training_id, step=step)
+
+
+def below(folder: Path) -> set[str]:
+    """Names of the files below a folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

@@ -1,7 +1,6 @@
-"""ExportModel and DownloadArtifact: a real server, scripted workers, files that everybody can look at."""
+"""ExportModel: a real server, scripted workers, files that everybody can look at."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from doubles.fake_worker import fake_row
 from doubles.gates import StepGate
 from support.calls import CALL_SECONDS, error_of, inline, load, prepare, prepared_model, train
-from support.exports import download, export, exporting, phases
+from support.exports import below, checkpoint_of, download, export, exporting, phases, train_job
 from support.running_server import RunningServer, a_model
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
@@ -26,22 +25,7 @@ ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.
 
 @pytest.fixture(scope="module")
 def training(server: RunningServer, stub: UnslothServiceStub) -> Training:
-    """A training with a checkpoint at step 2 and a result; both have what Transformers and PEFT leave in them."""
-    with prepared_model(stub, "tiny") as model:
-        config = TrainingConfig(save_steps=2, output_dir="job")
-        first, *_ = train(stub, model.model_id, inline([fake_row(steps=3)]), training_config=config)
-    result = stub.GetTraining(pb.GetTrainingRequest(training_id=first.training_id), timeout=CALL_SECONDS).training
-    for folder in (server.output_root / "job" / "final", server.output_root / "job" / "checkpoint-2"):
-        (folder / "adapter_config.json").write_text("{}")
-        (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 5000)
-        (folder / "tokenizer.json").write_text("{}")
-        (folder / "optimizer.pt").write_bytes(b"moments")
-        (folder / "trainer_state.json").write_text("{}")
-    return result
-
-
-def of(training: Training, step: int = 0) -> TrainingCheckpoint:
-    return TrainingCheckpoint(training_id=training.training_id, step=step)
+    return train_job(server, stub)
 
 
 @pytest.fixture
@@ -74,10 +58,6 @@ def gated_model(server: RunningServer, tmp_path: Path, **knobs: Any) -> tuple[st
     name = f"gated-{tmp_path.name}"
     a_model(server, name, export_gate=str(gate), notes=str(tmp_path), **knobs)
     return name, gate
-
-
-def below(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 # ── a loaded model ──
@@ -308,7 +288,7 @@ def test_the_adapter_of_a_checkpoint_is_its_files_without_the_trainers(
     server: RunningServer, stub: UnslothServiceStub, training: Training
 ):
     for step, name in ((0, "adapter"), (2, "checkpoint-2-adapter")):
-        artifact = export(stub, "ADAPTER", checkpoint=of(training, step))
+        artifact = export(stub, "ADAPTER", checkpoint=checkpoint_of(training, step))
         assert Path(artifact.path) == server.output_root / "job" / "exports" / name
         assert below(Path(artifact.path)) == ADAPTER_FILES
         got = download(stub, artifact_id=artifact.artifact_id)
@@ -320,7 +300,7 @@ def test_a_checkpoint_is_merged_by_a_worker_that_is_gone_afterwards(
 ):
     before = stub.ListModels(pb.ListModelsRequest(), timeout=CALL_SECONDS).models
     children = len(psutil.Process(server.process.pid).children())
-    progress, artifact = phases(exporting(stub, checkpoint=of(training, 2)))
+    progress, artifact = phases(exporting(stub, checkpoint=checkpoint_of(training, 2)))
     assert list(dict.fromkeys(each.phase for each in progress)) == ["starting worker", "loading weights", "merging"]
     source = json.loads((Path(artifact.path) / "config.json").read_text())["source"]
     assert source == str(server.output_root / "job" / "checkpoint-2")
@@ -336,7 +316,7 @@ def test_a_worker_that_dies_over_a_checkpoint_leaves_neither_files_nor_a_process
     script = server.output_root / "job" / "checkpoint-2" / "fake.json"
     script.write_text(json.dumps({knob: "SIGKILL"}))
     try:
-        error = error_of(lambda: exporting(stub, checkpoint=of(training, 2), output_dir="dead/export"))
+        error = error_of(lambda: exporting(stub, checkpoint=checkpoint_of(training, 2), output_dir="dead/export"))
     finally:
         script.unlink()
     assert (error.code, error.reason) == ("ABORTED", reason)
@@ -347,7 +327,7 @@ def test_a_worker_that_dies_over_a_checkpoint_leaves_neither_files_nor_a_process
 
 def test_a_checkpoint_that_is_not_there_is_not_found(stub: UnslothServiceStub, training: Training):
     for step in (1, 99):
-        error = error_of(lambda: exporting(stub, checkpoint=of(training, step)))  # noqa: B023 - called at once
+        error = error_of(lambda: exporting(stub, checkpoint=checkpoint_of(training, step)))  # noqa: B023 - called at once
         assert (error.code, error.reason) == ("NOT_FOUND", "CHECKPOINT_NOT_FOUND")
     unknown = TrainingCheckpoint(training_id="nobody")
     for call in (lambda: exporting(stub, checkpoint=unknown), lambda: download(stub, checkpoint=unknown)):
@@ -363,143 +343,7 @@ def test_a_checkpoint_of_all_weights_has_no_adapter(server: RunningServer, stub:
     assert (error.code, error.reason) == ("FAILED_PRECONDITION", "EXPORT_UNSUPPORTED")
 
 
-# ── downloads ──
-
-
-def test_a_download_is_every_file_in_the_order_of_the_names_byte_for_byte(stub: UnslothServiceStub, model_id: str):
-    artifact = export(stub, model_id=model_id)
-    got = download(stub, artifact_id=artifact.artifact_id)
-    assert got.headers == list(artifact.files)
-    assert [file.name for file in got.headers] == ["config.json", "model.safetensors"]
-    for name, content in got.contents.items():
-        assert content == (Path(artifact.path) / name).read_bytes()
-
-
-def test_a_download_goes_on_at_an_offset_of_its_first_file(stub: UnslothServiceStub, model_id: str):
-    artifact = export(stub, model_id=model_id)
-    whole = (Path(artifact.path) / "model.safetensors").read_bytes()
-    for offset in (0, 1, 1_500_000, len(whole)):
-        got = download(stub, artifact_id=artifact.artifact_id, names=["model.safetensors"], offset=offset)
-        assert got.contents == {"model.safetensors": whole[offset:]}
-        assert got.headers[0].num_bytes == len(whole)
-    both = download(stub, artifact_id=artifact.artifact_id, offset=3)
-    assert both.contents["model.safetensors"] == whole
-
-
-def test_an_offset_beyond_the_first_file_is_out_of_range(stub: UnslothServiceStub, model_id: str):
-    artifact = export(stub, model_id=model_id)
-    error = error_of(lambda: download(stub, artifact_id=artifact.artifact_id, offset=10**9))
-    assert (error.code, error.reason) == ("OUT_OF_RANGE", "OFFSET_OUT_OF_RANGE")
-    assert error.metadata["num_bytes"] == str(artifact.files[0].num_bytes)
-
-
-def test_names_that_are_not_there_are_all_told(stub: UnslothServiceStub, model_id: str):
-    artifact = export(stub, model_id=model_id)
-    names = ["config.json", "nope", "../../etc/passwd"]
-    error = error_of(lambda: download(stub, artifact_id=artifact.artifact_id, names=names))
-    assert (error.code, error.reason) == ("NOT_FOUND", "ARTIFACT_NOT_FOUND")
-    assert "nope" in error.message
-    assert "../../etc/passwd" in error.message
-
-
-def test_a_checkpoint_is_downloaded_whole_with_sums_that_nobody_wrote_down(
-    server: RunningServer, stub: UnslothServiceStub, training: Training
-):
-    for step, folder in ((0, "final"), (2, "checkpoint-2")):
-        got = download(stub, checkpoint=of(training, step))
-        path = server.output_root / "job" / folder
-        assert got.contents == {name: (path / name).read_bytes() for name in sorted(below(path))}
-        assert all(len(header.sha256) == 64 for header in got.headers)
-
-
-def test_links_in_a_checkpoint_are_not_followed(
-    server: RunningServer, stub: UnslothServiceStub, training: Training, tmp_path: Path
-):
-    (tmp_path / "secret").write_text("secret")
-    folder = server.output_root / "job" / "final"
-    (folder / "link").symlink_to(tmp_path / "secret")
-    (folder / "linked").symlink_to(tmp_path)
-    try:
-        assert not [name for name in download(stub, checkpoint=of(training)).contents if name.startswith("link")]
-    finally:
-        (folder / "link").unlink()
-        (folder / "linked").unlink()
-
-
-def test_a_file_that_became_a_link_is_not_sent(stub: UnslothServiceStub, model_id: str, tmp_path: Path):
-    artifact = export(stub, model_id=model_id)
-    config = Path(artifact.path) / "config.json"
-    outside = tmp_path / "outside"
-    outside.write_bytes(b"x" * config.stat().st_size)
-    config.unlink()
-    config.symlink_to(outside)
-    error = error_of(lambda: download(stub, artifact_id=artifact.artifact_id))
-    assert (error.code, error.reason) == ("NOT_FOUND", "ARTIFACT_NOT_FOUND")
-
-
-def test_a_file_that_shrinks_while_it_is_sent_is_an_error(stub: UnslothServiceStub, server: RunningServer):
-    folder = server.output_root / "shrinking"
-    with prepared_model(stub, "tiny") as model:
-        config = TrainingConfig(output_dir="shrinking")
-        first, *_ = train(stub, model.model_id, inline([fake_row(steps=1)]), training_config=config)
-    large = folder / "final" / "large.bin"
-    with large.open("wb") as file:
-        file.truncate(256 * 2**20)
-    checkpoint = TrainingCheckpoint(training_id=first.training_id)
-    request = pb.DownloadArtifactRequest(checkpoint=checkpoint, names=["large.bin"])
-    responses = stub.DownloadArtifact(request, timeout=CALL_SECONDS)
-    assert next(responses).file.num_bytes == 256 * 2**20
-    with large.open("r+b") as file:
-        file.truncate(2**20)
-    error = error_of(lambda: responses)
-    assert (error.code, error.reason) == ("NOT_FOUND", "ARTIFACT_NOT_FOUND")
-    assert "large.bin" in error.message
-
-
-def test_a_reader_that_stands_still_holds_no_memory_of_the_server(stub: UnslothServiceStub, server: RunningServer):
-    folder = server.output_root / "slow"
-    with prepared_model(stub, "tiny") as model:
-        config = TrainingConfig(output_dir="slow")
-        first, *_ = train(stub, model.model_id, inline([fake_row(steps=1)]), training_config=config)
-    with (folder / "final" / "large.bin").open("wb") as file:
-        file.truncate(512 * 2**20)
-    checkpoint = TrainingCheckpoint(training_id=first.training_id)
-    request = pb.DownloadArtifactRequest(checkpoint=checkpoint, names=["large.bin"])
-    before = psutil.Process(server.process.pid).memory_info().rss
-    responses = stub.DownloadArtifact(request, timeout=CALL_SECONDS)
-    next(responses)
-    # Other calls are answered meanwhile, and what the stream holds stays at a few chunks.
-    for _ in range(20):
-        stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=CALL_SECONDS)
-    assert psutil.Process(server.process.pid).memory_info().rss - before < 64 * 2**20
-    responses.cancel()
-
-
-def test_an_artifact_whose_files_were_deleted_is_not_found(stub: UnslothServiceStub, model_id: str):
-    artifact = export(stub, model_id=model_id)
-    (Path(artifact.path) / "model.safetensors").unlink()
-    one = error_of(lambda: download(stub, artifact_id=artifact.artifact_id))
-    shutil.rmtree(artifact.path)
-    whole = error_of(lambda: download(stub, artifact_id=artifact.artifact_id))
-    unknown = error_of(lambda: download(stub, artifact_id="artifact-nobody"))
-    for error in (one, whole, unknown):
-        assert (error.code, error.reason) == ("NOT_FOUND", "ARTIFACT_NOT_FOUND")
-    assert "model.safetensors" in one.message
-    assert artifact.path in whole.message
-
-
 # ── restarts ──
-
-
-def test_an_artifact_is_downloaded_from_the_next_server(tmp_path: Path):
-    with RunningServer(tmp_path, fake_workers=True) as server:
-        a_model(server, "tiny")
-        model = load(server.stub(), "tiny")
-        artifact = export(server.stub(), model_id=model.model_id)
-        before = download(server.stub(), artifact_id=artifact.artifact_id)
-        server.kill()
-    with RunningServer(tmp_path, fake_workers=True) as server:
-        assert download(server.stub(), artifact_id=artifact.artifact_id) == before
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
