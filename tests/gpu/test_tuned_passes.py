@@ -7,7 +7,9 @@ import pytest
 
 from support import engine_runs
 from support.engine_runs import Loaded, Row, Run
+from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig
+from unslothd_server.worker.ports import StopSignal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 
@@ -15,6 +17,8 @@ MAX_SEQ_LENGTH = 1024
 WORDS = ["fox", "dog", "sea", "old", "man", "story", "language", "number", "answer", "question"]
 # Rounding of bfloat16 in other shapes of passes; a row that is in another step changes a loss by a hundred times more.
 RELATIVE_DIFFERENCE = 2e-3
+# Recorded passes would keep gigabytes.
+FRAGMENTS_BYTES = 512 * 1024 * 1024
 
 
 def rows_of(lengths: list[int]) -> list[Row]:
@@ -22,12 +26,17 @@ def rows_of(lengths: list[int]) -> list[Row]:
     return [{"text": " ".join(drawn.choices(WORDS, k=length))} for length in lengths]
 
 
-def trained(base: Path, folder: Path, rows: list[Row], config: TrainingConfig) -> Run:
-    """A training of a model of its own, so that both start from the same weights."""
+def trained(base: Path, folder: Path, rows: list[Row], config: TrainingConfig, *, steps: int = 0) -> Run:
+    """A training of a model of its own, so that both start from the same weights; 0 steps = to its end."""
     folder.mkdir()
     loaded: Loaded = engine_runs.load(base, folder, load_in_4bit=False, max_seq_length=MAX_SEQ_LENGTH)
-    loaded.prepare()
-    run = loaded.train(rows, config)
+    loaded.prepare(checkpointing=True)
+
+    def end(event: TrainingEvent, stop: StopSignal) -> None:
+        if steps and event.step.step == steps:
+            stop.requested.set()
+
+    run = loaded.train(rows, config, on_event=end)
     loaded.engine._loaded = None  # gives the device back before the next model comes
     return run
 
@@ -51,3 +60,32 @@ def test_tuned_passes_have_the_loss_curve_of_fixed_ones(base: Path, tmp_path: Pa
     assert other.losses == pytest.approx(one.losses, rel=RELATIVE_DIFFERENCE)
     assert one.losses[-1] < one.losses[0]
     assert [step.tokens for step in other.of("step")] == [step.tokens for step in one.of("step")]
+
+
+def test_recorded_passes_of_a_long_training_have_the_loss_curve_of_fixed_ones(base: Path, tmp_path: Path):
+    import torch
+
+    steps, drawn = 30, random.Random(0)
+    rows = rows_of([min(900, max(20, int(drawn.lognormvariate(5.2, 0.75)))) for _ in range(8 * steps)])
+    # So long that it is worth to compile layers and to record their launches; it is ended long before.
+    fixed = TrainingConfig(
+        max_steps=100_000,
+        warmup_steps=2,
+        learning_rate=2e-4,
+        lr_scheduler_type="constant_with_warmup",
+        batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    tuned = TrainingConfig()
+    tuned.CopyFrom(fixed)
+    tuned.micro_batching = MICRO_BATCHING_TUNED
+    one = trained(base, tmp_path / "fixed", rows, fixed, steps=steps)
+    held = torch.cuda.memory_reserved()
+    other = trained(base, tmp_path / "tuned", rows, tuned, steps=steps)
+    apart = max(abs(a - b) / b for a, b in zip(other.losses, one.losses, strict=True))
+    print(f"recorded: most {apart:.1e} apart; {other.plan.passes}")
+    assert not other.plan.passes.joined
+    assert other.losses == pytest.approx(one.losses, rel=RELATIVE_DIFFERENCE)
+    assert [step.tokens for step in other.of("step")] == [step.tokens for step in one.of("step")]
+    # What was recorded is given back with the training.
+    assert torch.cuda.memory_reserved() < held + FRAGMENTS_BYTES
