@@ -232,7 +232,16 @@ class Grip:
         return status
 
     async def stop(self) -> WorkerExit:
-        """Ends it, unless it is stuck."""
+        """Ends it, unless it is stuck; as a real one does, it first ends its training, as cancelled if nobody asked."""
+        await self._fence()
+        training = self.worker.active
+        if training is not None and not self.worker.is_stuck and not self.worker.is_deaf:
+            training.stop = training.stop or "cancel"
+            training.heed()
+        return await self.kill()
+
+    async def kill(self) -> WorkerExit:
+        """Ends it at once, unless it is stuck."""
         await self._fence()
         if self.worker.is_stuck:
             raise WorkerStuckError(self.model_id, 4711)

@@ -164,8 +164,12 @@ class ModelWorkers:
         self.ready(entry)
         return True
 
-    async def put_away(self, entry: LoadedModel) -> None:
+    async def put_away(self, entry: LoadedModel, *, at_once: bool = False) -> None:
         """Ends the worker of a model, if it has one, and returns once it is gone.
+
+        Args:
+            entry: The model.
+            at_once: Without asking it: one that is asked ends its training for good, as cancelled.
 
         Raises:
             WorkerStuckError: It does not end; the model is FAILED, and the next call tries again.
@@ -173,7 +177,7 @@ class ModelWorkers:
         worker, entry.worker = entry.worker, None
         try:
             if worker is not None:
-                await worker.stop()
+                await (worker.kill() if at_once else worker.stop())
         except WorkerStuckError as stuck:
             log.warning("a worker does not end", model_id=entry.model_id, error=stuck.message)
             entry.worker, entry.failure, entry.model.state = worker, stuck, Model.STATE_FAILED

@@ -70,6 +70,10 @@ class Worker(Protocol):
         """
         ...
 
+    async def kill(self) -> WorkerExit:
+        """As `stop`, without asking first: it writes nothing more, so that its training can go on elsewhere."""
+        ...
+
     async def detach(self) -> None:
         """Lets go of a worker that shall live on without this server. No call may follow."""
         ...

@@ -72,7 +72,7 @@ class TrainingWorkers:
         if entry.needs_worker:
             if self._models.is_closing:
                 raise stopping()
-            await self._workers.put_away(entry)
+            await self._workers.put_away(entry, at_once=True)
             self._workers.bring_up(entry, waits=True)
         if entry.bringing_up is not None:
             error = await asyncio.shield(entry.bringing_up)

@@ -40,7 +40,7 @@ class WorkerLoss:
         recoverable = known.reason in _RECOVERABLE
         try:
             if recoverable or await _still_trains(run):
-                await self._workers.put_away(entry)  # from here on nobody else writes the log
+                await self._workers.put_away(entry, at_once=True)  # from here on nobody else writes the log
         except WorkerStuckError as stuck:  # nor does a process that has SIGKILL pending
             known, recoverable = stuck, False
         run.worker = None
@@ -59,7 +59,7 @@ class WorkerLoss:
         """Ends a training, and what is left of its worker, after an error that nothing was made for."""
         known = _known(error, run.training_id)
         with contextlib.suppress(UnslothdError):
-            await self._workers.put_away(entry)
+            await self._workers.put_away(entry, at_once=True)
         if run.is_halted or self._models.is_closing:
             return
         try:

@@ -45,10 +45,13 @@ class Ending:
         self._begun = False
 
     def begin(self, reason: str, *, save_checkpoint: bool) -> None:
-        """Begins to end the process and returns. A training stops at its next step boundary. Repeatable."""
+        """Begins to end the process and returns. A training stops at its next step boundary. Repeatable.
+
+        One that stops already does so as it was asked: a pause stays one.
+        """
         self._holder.refuse_new_work()
         run = self._holder.active_run()
-        if run is not None:
+        if run is not None and not run.stop.requested.is_set():
             run.cancel(save_checkpoint=save_checkpoint)
         with self._lock:
             if self._begun:

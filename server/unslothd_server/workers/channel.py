@@ -209,7 +209,7 @@ class WorkerProcess:
         return await self._ended_by(lambda: stop_process(self._process, self._end, self._ask_to_end, self._timeouts))
 
     async def kill(self) -> WorkerExit:
-        """As `stop`, without asking first: for a worker that has nothing to save."""
+        """As `stop`, without asking first: it has nothing to save, or its training goes on elsewhere."""
         return await self._ended_by(lambda: kill_process(self._process, self._end, self._timeouts))
 
     async def exited(self) -> WorkerExit:

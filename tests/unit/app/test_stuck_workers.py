@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from doubles.in_memory_workers import Grip
 from support.app_in_memory import AppInMemory, events, until, warnings, write_model
+from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.model_pb2 import Model
 from unslothd.v1.training_pb2 import Training
 from unslothd_server.app import training_workers, worker_loss
 from unslothd_server.app.worker_exit import WorkerStuckError
+from unslothd_server.errors import AbortedError
 
 
 @pytest.fixture(autouse=True)
@@ -123,5 +126,47 @@ def test_a_bug_that_ends_a_driver_ends_its_training_and_not_the_queue(tmp_path: 
         assert "error id" in run.training.error.message
         (await app.in_worker(behind)).succeed()
         await until(lambda: behind.training.state == Training.STATE_SUCCEEDED)
+
+    play(tmp_path, scenario)
+
+
+def test_a_training_whose_worker_is_given_up_goes_on_with_another_also_when_the_first_would_still_end_it(
+    tmp_path: Path,
+):
+    async def scenario(app: AppInMemory) -> None:
+        model_id = await app.prepared_model()
+        run = app.train(model_id)
+        await app.at_step(run, 2)
+        slow = app.worker
+        slow.hangs = True
+        await until(slow.end.done)
+        assert (await app.in_worker(run)).step == 2
+        assert "cancelled" not in [event.WhichOneof("kind") for event in events(run)]
+        (await app.in_worker(run)).succeed()
+        await until(lambda: run.training.state == Training.STATE_SUCCEEDED)
+
+    play(tmp_path, scenario, stall_seconds=0.001)
+
+
+def test_a_training_goes_on_whose_worker_does_not_answer_the_next_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    async def scenario(app: AppInMemory) -> None:
+        model_id = await app.prepared_model()
+        before = app.train(model_id)
+        await app.at_step(before, 2)
+        slow = app.worker
+
+        async def no_answer(_: Grip) -> None:
+            raise AbortedError(ErrorReason.ERROR_REASON_WORKER_UNRESPONSIVE, "It did not answer.")
+
+        with monkeypatch.context() as overload:
+            overload.setattr(Grip, "status", no_answer)
+            await app.kill_and_start()
+        assert slow.end.done()
+        run = app.run_of(before)
+        assert (await app.in_worker(run)).step == 2
+        (await app.in_worker(run)).succeed()
+        await until(lambda: run.training.state == Training.STATE_SUCCEEDED)
 
     play(tmp_path, scenario)

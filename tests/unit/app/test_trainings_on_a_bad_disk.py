@@ -79,7 +79,7 @@ class OneModel:
     def get(self, model_id: str) -> LoadedModel:
         return self.entry
 
-    async def put_away(self, entry: LoadedModel) -> None:
+    async def put_away(self, entry: LoadedModel, *, at_once: bool = False) -> None:
         self.put_away_count += 1
 
     def start_from(self, entry: LoadedModel, folder: Path | None) -> None:
