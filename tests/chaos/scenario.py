@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -138,6 +139,10 @@ class Arena:
             for model in client.list_models():
                 client.unload_model(model, force=True)
         self._server.__exit__(None, None, None)
+
+    def show_log(self) -> None:
+        """Prints the warnings and errors of all servers; their folder will be gone."""
+        print(self._server.errors_in_log(), file=sys.stderr)
 
     def _close_pipe(self) -> None:
         if self._server.process.stdout is not None:
@@ -289,5 +294,8 @@ def campaign(
                 if outcome.adapter != expected.adapter:
                     report.problems.append("the adapter is not that of the unbroken run")
             yield report
+    except Exception:
+        arena.show_log()
+        raise
     finally:
         arena.close()

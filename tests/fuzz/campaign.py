@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -61,7 +62,11 @@ def run(folder: Path, *, seed: int, requests: int) -> Report:
     arguments = ("--max-loaded-models", "3")
     with RunningServer(folder, fake_workers=True, arguments=arguments, environment=_STEADY_MEMORY) as server:
         _furnish(server)
-        report = asyncio.run(_Run(server, seed, requests).whole())
+        try:
+            report = asyncio.run(_Run(server, seed, requests).whole())
+        except BaseException:
+            print(server.errors_in_log(), file=sys.stderr)  # the folder goes, and with it what explains error ids
+            raise
         report.exit_code = server.stop()
     return report
 

@@ -93,6 +93,11 @@ class RunningServer:
         """Returns a stub on a channel that lives as long as the stub."""
         return UnslothServiceStub(self.channel())
 
+    def errors_in_log(self) -> str:
+        """The last warnings and errors of its log."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join([line for line in lines if '"level": "info"' not in line][-40:])
+
     def stop(self) -> int:
         """Ends it as Ctrl-C does; returns the exit code."""
         self.process.send_signal(signal.SIGINT)
