@@ -32,8 +32,8 @@ class KernelLook:
 
     warm_up: int
     steps: int
-    _profiler: Any = None
-    _at: list[float] = field(default_factory=list)
+    _profiler: Any = field(default=None, init=False)
+    _at: list[float] = field(default_factory=list, init=False)
 
     def step_done(self, step: int) -> bool:
         """Returns True once it has seen enough."""

@@ -49,12 +49,12 @@ class ModelRecovery:
             self._workers.start_from(entry, newest_result(entry.stored))
         # All at once: each may have to wait for a worker that is deep in an import.
         going_on = [self._go_on(entry, worker) for entry, worker in known]
-        await asyncio.gather(*going_on, *(_end(worker.kill()) for worker in workers.values()))
+        await asyncio.gather(*going_on, *(_end(worker, worker.kill()) for worker in workers.values()))
 
     async def _go_on(self, entry: LoadedModel, worker: Worker | None) -> None:
         if entry.stored.unloading:
             if worker is not None:
-                await _end(worker.stop())
+                await _end(worker, worker.stop())
             self._models.forget(entry)
         elif worker is None or not await self._adopt(entry, worker):
             self._bring_back(entry)
@@ -64,7 +64,7 @@ class ModelRecovery:
             adopted = await self._workers.adopt(entry, worker)
         except UnslothdError as error:
             log.warning("a worker could not be taken over", model_id=entry.model_id, error=error.message)
-            await _end(worker.kill())  # its training goes on with another one
+            await _end(worker, worker.kill())  # its training goes on with another one
             return False
         entry.progress.close()
         return adopted
@@ -80,9 +80,9 @@ class ModelRecovery:
             entry.progress.close(error)
 
 
-async def _end(ending: Awaitable[WorkerExit]) -> None:
+async def _end(worker: Worker, ending: Awaitable[WorkerExit]) -> None:
     """Ends a worker that nobody needs; one that not even SIGKILL ends does not keep the server from starting."""
     try:
         await ending
     except UnslothdError as error:
-        log.warning("a worker could not be ended", error=error.message)
+        log.warning("a worker could not be ended", model_id=worker.model_id, error=error.message)

@@ -109,7 +109,7 @@ class LocalLauncher:
         for bundle in Bundle.all_in(self._home):
             leftover = self._attach(bundle) if bundle.model_id == model_id else None
             if leftover is not None:
-                await leftover.stop()
+                await leftover.kill()  # asked to end, it would end its training for good
 
     async def _start(self, bundle: Bundle) -> WorkerProcess:
         child = self._spawn(bundle)

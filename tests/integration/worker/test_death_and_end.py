@@ -15,6 +15,7 @@ from doubles.gates import StepGate
 from integration.worker.harness import HASTY, Home, at_step, bounded, events_of, kinds, raised_by, trained, until
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.model_pb2 import LoadProgress
+from unslothd.v1.training_pb2 import Training
 from unslothd.worker.v1 import worker_service_pb2 as messages
 from unslothd.worker.v1.bootstrap_pb2 import WorkerBootstrap
 from unslothd_server.errors import AbortedError, PreconditionError
@@ -259,6 +260,24 @@ def test_an_end_during_a_training_cancels_it_at_the_step_boundary(home: Home, tm
         log = [entry.event for entry in EventLogReader(Path(request.training_dir) / "events.binpb").read()]
         assert log == events
         await worker.stop()
+
+    bounded(test())
+
+
+def test_a_pause_that_is_under_way_stays_one_when_the_worker_is_asked_to_end(home: Home, tmp_path: Path):
+    async def test() -> None:
+        worker = await home.prepared()
+        gate = StepGate(tmp_path / "gate")
+        await worker.start_training(home.training(step_gate=str(gate), steps=100))
+        watch = asyncio.create_task(events_of(worker))
+        gate.open(1)
+        await until(lambda: gate.is_reached(2))
+        await worker.pause("t")
+        ending = asyncio.create_task(worker.stop())
+        await until(lambda: "ending: asked by Shutdown" in home.log_of())
+        gate.open_all()
+        assert (await watch)[-1].state_changed.state == Training.STATE_PAUSED
+        await ending
 
     bounded(test())
 
