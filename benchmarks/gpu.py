@@ -9,22 +9,19 @@ A step's time is the time between two logged steps. Needs a GPU with 80 GB for t
 
 import argparse
 import json
-import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from _common import ROOT, Figures, columns, environment, options_parser, percentile, run, say
+from _common import Figures, columns, options_parser, percentile, run, say
 from _gpu_arms import ARM_SECONDS, MAX_SEQ_LENGTH, Case, script_arm, service_arm
+from _made import random_model, write_rows
 
 from support import calls, random_llama
 
 SEQUENCES = 8
-WORDS = ["fox", "dog", "sea", "old", "man", "story", "language", "number", "answer", "question"]
 # Dense bfloat16 of an H100 SXM, from its data sheet.
 PEAK_FLOPS = 989e12
 GIB = 1024**3
@@ -73,10 +70,10 @@ def measure(options: argparse.Namespace) -> Figures:
 
 def _case(name: str, folder: Path, options: argparse.Namespace, found: Figures) -> None:
     case, begin = CASES[name], time.monotonic()
-    model = _model(case.shape, (options.models or folder / "models").resolve())
+    model = random_model((options.models or folder / "models").resolve() / case.shape, case.shape)
     rows = folder / "rows" / f"{name}.jsonl"
     rows.parent.mkdir(exist_ok=True)
-    _write_rows(rows, mixed=case.mixed)
+    write_rows(rows, 1800 if case.mixed else 240, words=None if case.mixed else MAX_SEQ_LENGTH + 100)
     blocks: dict[str, list[Figures]] = {arm: [] for arm in options.arm or ARMS if arm in case.steps}
     together = [[arm] for arm in blocks if arm == "tuned"] if case.alone else []
     together.append([arm for arm in blocks if [arm] not in together])
@@ -120,25 +117,6 @@ def _short(block: Figures, warm_up: int) -> str:
         f"first step after {block['first_step_seconds']:.1f} s (probe {probe} s), "
         f"median {statistics.median(_durations(block, warm_up)):.4f} s"
     )
-
-
-def _model(shape: str, models: Path) -> Path:
-    model = models / shape
-    if not model.exists():
-        say(f"gpu: making {shape}")
-        program = ROOT / "tests" / "support" / "random_llama.py"
-        command = [sys.executable, str(program), str(model), shape]
-        subprocess.run(command, env=environment(), timeout=ARM_SECONDS, check=True, capture_output=True)
-    return model
-
-
-def _write_rows(file: Path, *, mixed: bool) -> None:
-    drawn = random.Random(0)
-    lengths = [
-        min(1500, max(20, int(drawn.lognormvariate(5.2, 0.75)))) if mixed else MAX_SEQ_LENGTH + 100
-        for _ in range(1800 if mixed else 240)
-    ]
-    file.write_text("\n".join(json.dumps({"text": " ".join(drawn.choices(WORDS, k=count))}) for count in lengths))
 
 
 def _summary(case: Case, blocks: list[Figures], warm_up: int) -> Figures:

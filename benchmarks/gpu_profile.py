@@ -10,7 +10,6 @@ card, which is what matrix products could reach.
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from _common import HERE, Figures, columns, environment, options_parser, run, say
 from _kernels import KernelLook, product_tflops
+from _made import random_model, write_rows
 
 from support import engine_runs, random_llama
 from unslothd.v1.training_event_pb2 import TrainingEvent
@@ -27,7 +27,6 @@ from unslothd_server.worker.ports import StopSignal
 
 ARMS = ("tuned", "fixed", "unsloth")
 ARM_SECONDS = 900
-WORDS = ["fox", "dog", "sea", "old", "man", "story", "language", "number", "answer", "question"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,9 +49,9 @@ def measure(options: argparse.Namespace) -> Figures:
     """Trains a few steps and looks at the last ones."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = options.model or _random_model(folder / "model", options.shape)
+        model = options.model or random_model(folder / "model", options.shape)
         rows = folder / "rows.jsonl"
-        rows.write_text("\n".join(map(json.dumps, _rows(options))))
+        write_rows(rows, 600, words=None if options.mixed else options.max_seq_length + 100)
         look = _script if options.arm == "unsloth" else _engine
         say(f"gpu_profile: {options.arm}")
         figures = look(model.resolve(), rows, folder, options) | {"product_tflops": product_tflops()}
@@ -61,13 +60,6 @@ def measure(options: argparse.Namespace) -> Figures:
         (options.save / "profile.json").write_text(json.dumps(figures, indent=1))
         (options.save / "profile.txt").write_text(table(figures))
     return figures
-
-
-def _random_model(model: Path, shape: str) -> Path:
-    say(f"gpu_profile: making {shape}")
-    command = [sys.executable, str(HERE / "_random_model.py"), str(model), shape]
-    subprocess.run(command, env=environment(), timeout=ARM_SECONDS, check=True, capture_output=True)
-    return model
 
 
 def _engine(model: Path, rows: Path, folder: Path, options: argparse.Namespace) -> Figures:
@@ -114,15 +106,6 @@ def _script(model: Path, rows: Path, folder: Path, options: argparse.Namespace) 
     )
     _loaded, trained = map(json.loads, done.stdout.splitlines())
     return trained["kernels"] | {"passes": "2 rows", "checkpointing": True}
-
-
-def _rows(options: argparse.Namespace) -> list[engine_runs.Row]:
-    drawn = random.Random(0)
-    lengths = [
-        min(1500, max(20, int(drawn.lognormvariate(5.2, 0.75)))) if options.mixed else options.max_seq_length + 100
-        for _ in range(600)
-    ]
-    return [{"text": " ".join(drawn.choices(WORDS, k=length))} for length in lengths]
 
 
 def table(figures: Figures) -> str:

@@ -18,8 +18,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,9 +27,10 @@ from pathlib import Path
 
 import _ghz
 import psutil
-from _common import HERE, Figures, environment, options_parser, run, say
+from _common import Figures, options_parser, run, say
 from _ghz import Call
 from _load_figures import Period, compared, table
+from _made import MODEL_SECONDS, random_model
 
 import support.calls
 from support.calls import load, prepare, train, watch
@@ -42,7 +41,6 @@ from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_pb2 import TrainingConfig
 
-MODEL_SECONDS = 900
 STREAM_SECONDS = 5.0
 WARM_UP_STEPS = 20
 ENDLESS_STEPS = 1_000_000
@@ -86,7 +84,7 @@ def measure(options: argparse.Namespace) -> Figures:
     ghz = _ghz.found(options.ghz)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = options.model or _random_model(folder / "models" / "model", options.shape)
+        model = options.model or random_model(folder / "models" / "model", options.shape)
         arguments = ("--model-root", str(model.resolve().parent))
         # As many threads as cores: they are given after the import, when libraries have counted them.
         threads = {"OMP_NUM_THREADS": str(len(options.training_cpus))} if options.training_cpus else {}
@@ -97,13 +95,6 @@ def measure(options: argparse.Namespace) -> Figures:
         (options.save / "load.json").write_text(json.dumps(figures, indent=1))
         (options.save / "load.txt").write_text(table(figures))
     return figures
-
-
-def _random_model(model: Path, shape: str | None) -> Path:
-    say("load: making the model")
-    command = [sys.executable, str(HERE / "_random_model.py"), str(model), *([shape] if shape else [])]
-    subprocess.run(command, env=environment(), timeout=MODEL_SECONDS, check=True, capture_output=True)
-    return model
 
 
 def _measured(server: RunningServer, model: Path, ghz: str, folder: Path, options: argparse.Namespace) -> Figures:
