@@ -65,7 +65,7 @@ def tune(trainer: Any, loaded: LoadedModel, check: Callable[[], None], *, may_pr
         pass_costs.write(file, room, costs)
     choice = choose(costs, sizes, room)
     if probe.has_recorded and (choice is None or choice.split.joined):
-        forget_recorded(trainer)
+        forget_recorded(trainer.model)
     if choice is None:
         set_checkpointing(trainer.model, on=False)
         return None
@@ -83,11 +83,11 @@ def _on_gpu(trainer: Any) -> bool:
     return bool(next(trainer.model.parameters()).device.type == "cuda")
 
 
-def forget_recorded(trainer: Any) -> None:
+def forget_recorded(model: Any) -> None:
     """Gives back the memory that recorded launches of padded passes keep; they are recorded anew when they come."""
     import torch
 
-    trainer.model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()

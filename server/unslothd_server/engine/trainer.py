@@ -52,6 +52,8 @@ def build_trainer(
     set_checkpointing(loaded.model, on=checkpointing)
     arguments = _arguments(loaded, config, output_dir, has_eval=eval_rows is not None, tuned=tuned)
     arguments.eval_on_start = evaluate_first and eval_rows is not None
+    for rows in (train_rows, eval_rows):
+        _say_cut(rows, loaded.max_seq_length)
     trainer = service_trainer_class(SFTTrainer, clock, hooks)(
         model=loaded.model,
         args=arguments,
@@ -116,8 +118,16 @@ def _arguments(loaded: LoadedModel, config: TrainingConfig, output_dir: Path, *,
         report_to="none",
         disable_tqdm=True,
         dataloader_num_workers=0,
-        dataset_num_proc=None,
+        # Rows are tokenised, cut, and without those that carry no loss. TRL and Unsloth would do all of it again: 2.7 s
+        # for 20 000 short rows, in processes that they fork from the one that holds the device.
+        dataset_kwargs={"skip_prepare_dataset": not _get(config, "packing", False)},
     )
+
+
+def _say_cut(rows: Any, max_seq_length: int) -> None:
+    """Tells Unsloth that no row is longer: it joins sequences without padding only where it knows that."""
+    if rows is not None:
+        rows._unsloth_truncated_to = max_seq_length
 
 
 def _duration(config: TrainingConfig) -> dict[str, Any]:

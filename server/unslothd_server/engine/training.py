@@ -112,8 +112,9 @@ class TrainingRun:
             traceback.clear_frames(error.__traceback__)
             raise known from error
         finally:
+            recorded = self._trainer is not None and pass_tuning.may_have_recorded(self._trainer)
             self._trainer = None
-            self._clean_up()
+            self._clean_up(recorded=recorded)
 
     def _resume_point(self) -> checkpoints.ResumePoint | None:
         if not self._request.resume_from_checkpoint:
@@ -309,12 +310,12 @@ class TrainingRun:
             resumed_from=self._first_step - 1,
         )
 
-    def _clean_up(self) -> None:
+    def _clean_up(self, *, recorded: bool) -> None:
         """Gives optimizer, gradients and caches back, so that a second training starts from where the first did."""
         import torch
 
-        if self._trainer is not None and pass_tuning.may_have_recorded(self._trainer):
-            pass_tuning.forget_recorded(self._trainer)
+        if recorded:
+            pass_tuning.forget_recorded(self._loaded.model)
         self._loaded.model.zero_grad(set_to_none=True)
         gc.collect()
         if torch.cuda.is_initialized():

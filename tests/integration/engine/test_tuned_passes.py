@@ -12,6 +12,7 @@ from support.engine_runs import Loaded, LoadTiny, Row, Run, memory
 from unslothd.v1.model_pb2 import LoraConfig
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig
+from unslothd_server.engine import pass_tuning
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
 
 FIXED = TrainingConfig(
@@ -162,3 +163,14 @@ def test_a_paused_training_goes_on_with_its_choice(fresh: Callable[[], Loaded], 
     assert broken.losses + rest.losses == pytest.approx(whole.losses, rel=RELATIVE_DIFFERENCE)
     assert not rest.plan.HasField("passes")
     assert rest.plan.config == broken.plan.config
+
+
+def test_what_was_recorded_is_forgotten_when_the_training_has_ended(
+    prepared: Loaded, mixed: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Launches are recorded on a GPU only: tests/gpu/test_tuned_passes.py looks at the memory.
+    forgotten: list[Any] = []
+    monkeypatch.setattr(pass_tuning, "may_have_recorded", lambda trainer: trainer.model is prepared.torch_model)
+    monkeypatch.setattr(pass_tuning, "forget_recorded", forgotten.append)
+    prepared.train(mixed, FIXED)
+    assert forgotten == [prepared.torch_model]
