@@ -65,7 +65,8 @@ class Arm:
 
 @contextmanager
 def script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> Iterator[Arm]:
-    """Starts a script, which loads while the others do."""
+    """Starts a script, or the engine alone, which loads while the others do."""
+    program = "gpu_engine.py" if arm == "engine" else "gpu_script.py"
     job = {
         "arm": arm,
         "model": str(model),
@@ -74,7 +75,7 @@ def script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> I
     }
     with (folder / f"{arm}.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, str(HERE / "gpu_script.py"), json.dumps(job)],
+            [sys.executable, str(HERE / program), json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -126,7 +127,7 @@ def service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> 
     with ExitStack() as stack:
         server = stack.enter_context(RunningServer(home, arguments=arguments))
         stub = server.stub()
-        fixed = {"batch_size": 2, "gradient_accumulation_steps": 4} if arm == "fixed" else {}
+        config = training_config(fixed=arm == "fixed")
 
         def load_and_prepare() -> tuple[str, float, float]:
             begin = time.time()
@@ -141,7 +142,7 @@ def service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> 
 
         def train_block(steps: int) -> Figures:
             model_id, load_seconds, ready_seconds = ready.result()
-            block = _block(stub, model_id, rows, _config(fixed), steps)
+            block = _block(stub, model_id, rows, config, steps)
             return block | {
                 "buffers": _said_of_buffers(home.rglob("*.log")),
                 "load_seconds": load_seconds,
@@ -152,7 +153,7 @@ def service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> 
             stub.UnloadModel(pb.UnloadModelRequest(model_id=ready.result()[0]))
             wait_until(lambda: stub.GetServerInfo(pb.GetServerInfoRequest()).warm_workers > 0, ARM_SECONDS)
             model_id, load_seconds, ready_seconds = load_and_prepare()
-            block = _block(stub, model_id, rows, _config(fixed), 2)
+            block = _block(stub, model_id, rows, config, 2)
             stub.UnloadModel(pb.UnloadModelRequest(model_id=model_id))
             return {
                 "warm_load_seconds": load_seconds,
@@ -172,7 +173,9 @@ def _said_of_buffers(logs: Iterable[Path]) -> list[str]:
     return sorted({line for line in lines if re.search(r"Unsloth: .*(pageable|pinned|buffering)", line)})
 
 
-def _config(fixed: Figures) -> TrainingConfig:
+def training_config(*, fixed: bool) -> TrainingConfig:
+    """What the arms of unslothd train with; 2 x 4 if fixed, else the defaults."""
+    passes = {"batch_size": 2, "gradient_accumulation_steps": 4} if fixed else {}
     return TrainingConfig(
         max_steps=PLANNED_STEPS,
         warmup_steps=2,
@@ -181,7 +184,7 @@ def _config(fixed: Figures) -> TrainingConfig:
         lr_scheduler_type="constant_with_warmup",
         seed=42,
         save_steps=100_000,
-        **fixed,
+        **passes,
     )
 
 

@@ -1,6 +1,7 @@
 """Which kernels a GPU runs in some steps of a training; for the engine and for plain scripts alike."""
 
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class KernelLook:
     steps: int
     _profiler: Any = field(default=None, init=False)
     _at: list[float] = field(default_factory=list, init=False)
+    _buffers: dict[str, Any] = field(default_factory=dict, init=False)
 
     def step_done(self, step: int) -> bool:
         """Returns True once it has seen enough."""
@@ -49,11 +51,13 @@ class KernelLook:
             self._at.append(time.perf_counter())
         if step == self.warm_up + self.steps:
             self._profiler.stop()
+            self._buffers = _offload_buffers()
         return step >= self.warm_up + self.steps
 
     def figures(self) -> dict[str, Any]:
-        """Seconds and kernels of a step; seconds by kind of kernel; the dearest kernels."""
-        return _figures(self._profiler, (self._at[-1] - self._at[0]) / self.steps, self.steps)
+        """Seconds and kernels of a step; seconds by kind of kernel; the dearest kernels; offloading's buffers."""
+        figures = _figures(self._profiler, (self._at[-1] - self._at[0]) / self.steps, self.steps)
+        return figures | {"offload_buffers": self._buffers}
 
 
 def _figures(profiler: Any, step_seconds: float, steps: int) -> dict[str, Any]:
@@ -77,6 +81,18 @@ def _figures(profiler: Any, step_seconds: float, steps: int) -> dict[str, Any]:
             {"name": name, "seconds": each / micro, "calls": calls[name] / steps}
             for name, each in names.most_common(DEAREST)
         ],
+    }
+
+
+def _offload_buffers() -> dict[str, Any]:
+    """The buffers in RAM to which Unsloth copies layer inputs; copies to and from pageable ones are not hidden."""
+    unsloths = sys.modules.get("unsloth_zoo.gradient_checkpointing")
+    buffers = [each for each in getattr(unsloths, "CPU_BUFFERS", None) or () if each is not None]
+    pinned = [each for each in buffers if each.is_pinned()]
+    return {
+        "pinned": len(pinned),
+        "pageable": len(buffers) - len(pinned),
+        "bytes": sum(each.untyped_storage().nbytes() for each in buffers),
     }
 
 

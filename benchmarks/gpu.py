@@ -27,14 +27,18 @@ PEAK_FLOPS = 989e12
 GIB = 1024**3
 # It is far from the others, so that more says nothing more.
 HF_ROUNDS = 1
-PLAIN = ("hf", "unsloth")
-ARMS = (*PLAIN, "fixed", "tuned")
+ARMS = ("hf", "unsloth", "fixed", "tuned")
+# Only when asked for: the engine alone, fixed. It tells what a worker costs from what the engine costs.
+EXTRA_ARMS = ("engine",)
+WITHOUT_SERVER = ("hf", "unsloth", "engine")
 
 
 CASES = {
-    "1b": Case("llama-3.2-1b", False, False, {"hf": 8, "unsloth": 24, "fixed": 24, "tuned": 24}),
+    "1b": Case("llama-3.2-1b", False, False, {"hf": 8, "unsloth": 24, "fixed": 24, "engine": 24, "tuned": 24}),
     "1b-mixed": Case("llama-3.2-1b", False, True, {"hf": 8, "unsloth": 10, "fixed": 40, "tuned": 200}),
-    "8b-4bit": Case("llama-3.1-8b", True, False, {"hf": 6, "unsloth": 8, "fixed": 8, "tuned": 14}, alone=True),
+    "8b-4bit": Case(
+        "llama-3.1-8b", True, False, {"hf": 6, "unsloth": 8, "fixed": 8, "engine": 8, "tuned": 14}, alone=True
+    ),
     "8b": Case("llama-3.1-8b", False, False, {"tuned": 14}),
 }
 
@@ -47,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     options = options_parser(__doc__)
     options.add_argument("--case", action="append", choices=CASES, help="what to train; repeatable (default: 1b)")
-    options.add_argument("--arm", action="append", choices=ARMS, help="repeatable (default: all)")
+    options.add_argument(
+        "--arm", action="append", choices=(*ARMS, *EXTRA_ARMS), help="repeatable (default: all but engine)"
+    )
     options.add_argument("--rounds", type=int, default=2, help="blocks of each arm")
     options.add_argument("--warm-up", type=int, default=4, help="first steps of a block that do not count")
     options.add_argument("--save", type=Path, help="folder for the table and the figures")
@@ -89,7 +95,9 @@ def _case(name: str, folder: Path, options: argparse.Namespace, found: Figures) 
         with ExitStack() as stack:
             tell(f"starting {', '.join(group)}")
             arms = {
-                arm: stack.enter_context((script_arm if arm in PLAIN else service_arm)(arm, case, model, rows, folder))
+                arm: stack.enter_context(
+                    (script_arm if arm in WITHOUT_SERVER else service_arm)(arm, case, model, rows, folder)
+                )
                 for arm in group
             }
             for number in range(1, options.rounds + 1):

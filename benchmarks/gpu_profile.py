@@ -116,6 +116,7 @@ def table(figures: Figures) -> str:
         f"{seconds:.4f} s and {figures['kernels_per_step']:.0f} kernels a step",
         f"passes of {figures['passes']}, checkpointing {'on' if figures['checkpointing'] else 'off'}",
         f"one large product alone: {figures['product_tflops']:.0f} TFLOP/s",
+        f"buffers in RAM: {figures['offload_buffers']['pinned']} pinned, {figures['offload_buffers']['pageable']} not",
     )
     kinds = [(kind, f"{each:.4f}", f"{100 * each / seconds:.1f} %") for kind, each in shares.items()]
     dearest = [(each["name"][:90], f"{each['seconds']:.4f}", f"{each['calls']:.0f}") for each in figures["dearest"]]
