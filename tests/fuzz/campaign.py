@@ -22,6 +22,12 @@ AT_A_TIME = 24
 MAX_TRAININGS = 25  # a server keeps every training: after so many, requests are such that none is added
 _LOOK_EVERY = 500
 _PLENTY = 40
+_OVERTAKEN = (
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.ABORTED,
+)
 _SOURCES = str(Path(__file__).parents[2] / "server")
 _MAX_FINDINGS = 20
 # One heap for all threads, given back at once: what grows then is what is kept.
@@ -157,8 +163,8 @@ class _Run:
             try:
                 await self._load_models(stub)
             except grpc.RpcError as error:
-                # Another request has unloaded one meanwhile; the next look loads it again.
-                if error.code() not in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):
+                # Another request has unloaded one meanwhile, or loaded others; the next look loads it again.
+                if error.code() not in _OVERTAKEN:
                     raise
         self._known.models[:] = [model.model_id for model in models] or self._known.models
         stored = (await stub.ListTrainings(pb.ListTrainingsRequest(page_size=1000), timeout=60)).trainings
