@@ -1,10 +1,12 @@
 """A worker's folder as the server handles it: made before the start, found after a restart, removed at the end."""
 
+import errno
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from unslothd_server.worker.layout import BOOTSTRAP_VERSION, BundleLayout
 
 MAX_SOCKET_PATH_BYTES = 107  # of sockaddr_un on Linux, without the closing zero
 SPARE_PREFIX = "spare-"
+# Of a folder in which a dying process may still write, or that another thread removes as well.
+_REMOVAL_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -147,21 +151,38 @@ class Bundle:
         return cls(layout, bootstrap)
 
     def remove(self, home: Path) -> None:
-        """Removes the folder and the socket. The log is kept as <home>/logs/worker-<model_id>.log. Repeatable.
+        """Removes the folder and the socket. The log is kept as <home>/logs/worker-<model_id>.log.
 
         Errors that callers saw have ids that only this log explains; the next worker of the same id replaces it.
+        Repeatable, also at the same time: an unload and the next load of the same id may both come to it.
+
+        Raises:
+            OSError: The folder cannot be removed.
         """
-        if self.layout.log.exists():
-            logs = home / "logs"
-            logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        logs = home / "logs"
+        logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with suppress(FileNotFoundError):
             self.layout.log.replace(logs / f"worker-{'spare' if self.is_spare else self.model_id}.log")
         socket = self.socket_path
         if self.bootstrap.socket_path and socket.parent != self.layout.directory:
             socket.unlink(missing_ok=True)
-            if socket.parent.exists():
+            with suppress(FileNotFoundError):
                 socket.parent.rmdir()
-        if self.layout.directory.exists():
-            shutil.rmtree(self.layout.directory)
+        _remove_folder(self.layout.directory)
+
+
+def _remove_folder(folder: Path) -> None:
+    for tries_left in reversed(range(_REMOVAL_TRIES)):
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if not folder.exists():
+                return
+            # Entries that came or went after they were listed.
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or not tries_left:
+                raise
+        else:
+            return
 
 
 def _check_plain(model_id: str) -> None:

@@ -1,6 +1,10 @@
 """A worker's folder: who may look in, where the socket is, what stays when it is removed."""
 
+import errno
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -99,3 +103,47 @@ def test_an_id_that_is_no_plain_name_makes_no_folder(tmp_path: Path, model_id: s
         create(tmp_path, model_id)
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_that_remove_the_same_folder_at_once_both_succeed(tmp_path: Path):
+    both = Barrier(2, timeout=10)
+
+    def remove(bundle: Bundle) -> None:
+        both.wait()
+        bundle.remove(tmp_path)
+
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(50):
+            bundle = create(tmp_path)
+            bundle.layout.log.write_text("what it said")
+            for number in range(20):
+                (bundle.layout.cwd / str(number)).touch()
+            for removed in [threads.submit(remove, bundle) for _ in range(2)]:
+                removed.result(10)
+            assert not bundle.layout.directory.exists()
+            assert (tmp_path / "logs/worker-llama-unsloth.log").read_text() == "what it said"
+
+
+def test_a_file_that_a_dying_worker_writes_meanwhile_is_removed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bundle = create(tmp_path)
+    rmtree, tries = shutil.rmtree, []
+
+    def beside_a_writer(path: Path) -> None:
+        tries.append(path)
+        if len(tries) == 1:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", beside_a_writer)
+    bundle.remove(tmp_path)
+    assert not bundle.layout.directory.exists()
+
+
+def test_a_folder_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    bundle = create(tmp_path)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(PermissionError):
+        bundle.remove(tmp_path)
