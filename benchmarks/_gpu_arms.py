@@ -66,7 +66,7 @@ class Arm:
 @contextmanager
 def script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> Iterator[Arm]:
     """Starts a script, or the engine alone, which loads while the others do."""
-    program = "gpu_engine.py" if arm == "engine" else "gpu_script.py"
+    program = "gpu_engine.py" if arm.startswith("engine") else "gpu_script.py"
     job = {
         "arm": arm,
         "model": str(model),

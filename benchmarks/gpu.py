@@ -28,17 +28,16 @@ GIB = 1024**3
 # It is far from the others, so that more says nothing more.
 HF_ROUNDS = 1
 ARMS = ("hf", "unsloth", "fixed", "tuned")
-# Only when asked for: the engine alone, fixed. It tells what a worker costs from what the engine costs.
-EXTRA_ARMS = ("engine",)
-WITHOUT_SERVER = ("hf", "unsloth", "engine")
+# Only when asked for: the engine alone, fixed, and the same waiting for the device after every pass, as scripts do. It
+# tells what a worker costs from what the engine costs, and what it costs to run ahead of the device.
+EXTRA_ARMS = ("engine", "engine-waits")
+WITHOUT_SERVER = ("hf", "unsloth", *EXTRA_ARMS)
 
 
 CASES = {
-    "1b": Case("llama-3.2-1b", False, False, {"hf": 8, "unsloth": 24, "fixed": 24, "engine": 24, "tuned": 24}),
+    "1b": Case("llama-3.2-1b", False, False, {"hf": 8, "unsloth": 24, "fixed": 24, "tuned": 24}),
     "1b-mixed": Case("llama-3.2-1b", False, True, {"hf": 8, "unsloth": 10, "fixed": 40, "tuned": 200}),
-    "8b-4bit": Case(
-        "llama-3.1-8b", True, False, {"hf": 6, "unsloth": 8, "fixed": 8, "engine": 8, "tuned": 14}, alone=True
-    ),
+    "8b-4bit": Case("llama-3.1-8b", True, False, {"hf": 6, "unsloth": 8, "fixed": 8, "tuned": 14}, alone=True),
     "8b": Case("llama-3.1-8b", False, False, {"tuned": 14}),
 }
 
@@ -52,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     options = options_parser(__doc__)
     options.add_argument("--case", action="append", choices=CASES, help="what to train; repeatable (default: 1b)")
     options.add_argument(
-        "--arm", action="append", choices=(*ARMS, *EXTRA_ARMS), help="repeatable (default: all but engine)"
+        "--arm", action="append", choices=(*ARMS, *EXTRA_ARMS), help="repeatable (default: all but the engine alone)"
     )
     options.add_argument("--rounds", type=int, default=2, help="blocks of each arm")
     options.add_argument("--warm-up", type=int, default=4, help="first steps of a block that do not count")
@@ -80,7 +79,7 @@ def _case(name: str, folder: Path, options: argparse.Namespace, found: Figures) 
     rows = folder / "rows" / f"{name}.jsonl"
     rows.parent.mkdir(exist_ok=True)
     write_rows(rows, 1800 if case.mixed else 240, words=None if case.mixed else MAX_SEQ_LENGTH + 100)
-    blocks: dict[str, list[Figures]] = {arm: [] for arm in options.arm or ARMS if arm in case.steps}
+    blocks: dict[str, list[Figures]] = {arm: [] for arm in options.arm or ARMS if _steps_of(case, arm)}
     together = [[arm] for arm in blocks if arm == "tuned"] if case.alone else []
     together.append([arm for arm in blocks if [arm] not in together])
 
@@ -104,12 +103,17 @@ def _case(name: str, folder: Path, options: argparse.Namespace, found: Figures) 
                 for arm, each in arms.items():
                     if arm == "hf" and number > HF_ROUNDS:
                         continue
-                    blocks[arm].append(each.block(case.steps[arm]))
+                    blocks[arm].append(each.block(_steps_of(case, arm)))
                     tell(f"round {number} of {options.rounds}, {arm}: {_short(blocks[arm][-1], options.warm_up)}")
             for arm, each in arms.items():
                 if each.warm:
                     blocks[arm][-1] |= each.warm()
                     tell(f"{arm}, on a warm worker")
+
+
+def _steps_of(case: Case, arm: str) -> int:
+    """Of a block; the engine alone trains what the service with fixed passes does. 0 = the case is without the arm."""
+    return case.steps.get("fixed" if arm in EXTRA_ARMS else arm, 0)
 
 
 def _save(found: Figures, folder: Path | None) -> None:

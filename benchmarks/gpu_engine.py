@@ -1,9 +1,10 @@
 """The engine without server and worker, for gpu.py: what it costs apart from what these cost. Obeys as gpu_script does.
 
-    python gpu_engine.py '{"model": "FOLDER", "load_in_4bit": true, "max_seq_length": 2048}'
+    python gpu_engine.py '{"arm": "engine", "model": "FOLDER", "load_in_4bit": true, "max_seq_length": 2048}'
 
 Loads the model once; then trains a block of 2 x 4 for every JSON line {"rows": FILE, "steps": N} on stdin, and prints
-its figures as a JSON line.
+its figures as a JSON line. The arm "engine-waits" waits for the device after every pass, as Transformers does by itself
+when it looks whether the loss is a number; the engine runs ahead of the device instead.
 """
 
 import json
@@ -23,6 +24,7 @@ from _gpu_arms import training_config  # noqa: E402
 
 from support import engine_runs  # noqa: E402
 from unslothd.v1.training_event_pb2 import TrainingEvent  # noqa: E402
+from unslothd_server.engine.passes import StepPasses  # noqa: E402
 from unslothd_server.engine.unsloth_engine import UnslothEngine  # noqa: E402
 from unslothd_server.worker.ports import StopSignal  # noqa: E402
 
@@ -47,6 +49,20 @@ def block(loaded: engine_runs.Loaded, rows: str, steps: int) -> dict[str, Any]:
     }
 
 
+def wait_after_passes() -> None:
+    """Makes every pass end when the device has done it."""
+    import torch
+
+    run = StepPasses.run
+
+    def run_and_wait(*args: Any) -> Any:
+        loss = run(*args)
+        torch.cuda.synchronize()
+        return loss
+
+    StepPasses.run = run_and_wait
+
+
 def answer(figures: dict[str, Any]) -> None:
     """One line on the real stdout."""
     ANSWERS.write(json.dumps(figures) + "\n")
@@ -57,6 +73,8 @@ def main() -> None:
     """Loads, then obeys stdin."""
     job = json.loads(sys.argv[1])
     UnslothEngine().import_libraries()
+    if job["arm"] == "engine-waits":
+        wait_after_passes()
     begin = time.time()
     options = {key: job[key] for key in ("load_in_4bit", "max_seq_length")}
     loaded = engine_runs.load(Path(job["model"]), Path.cwd() / "engine", dtype="bfloat16", **options)
