@@ -334,3 +334,16 @@ def test_tensorboard_has_a_point_for_every_logged_step(prepared: Loaded, texts: 
     assert [point.value for point in points] == pytest.approx(run.losses, rel=1e-5)
     assert [point.step for point in events.Scalars("eval/loss")] == [0, 5]
     assert [path.is_file() for path in Path(run.output_dir / "runs").iterdir()] == [True]
+
+
+def test_rows_that_are_tokenised_and_cut_are_not_rewritten_by_the_trainer(
+    prepared: Loaded, texts: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("it would take minutes for many rows, and on a large host processes that are forked")
+
+    monkeypatch.setattr(datasets.Dataset, "map", refuse)
+    run = prepared.train(texts, eval_rows=texts[:3])
+    assert len(run.losses) == 2
