@@ -1,15 +1,13 @@
 """The arms of gpu.py: each holds its model in a process of its own, and trains a block of steps when it is told to."""
 
 import json
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +100,6 @@ def script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> I
         taken = answer()
         first_step = taken["at"][0] - begin_block
         return taken | {
-            "buffers": _said_of_buffers([folder / f"{arm}.log"]),
             "load_seconds": loaded["load_seconds"],
             "first_step_seconds": first_step,
             # As a user waits: imports included, without the turns of the other arms.
@@ -144,7 +141,6 @@ def service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> 
             model_id, load_seconds, ready_seconds = ready.result()
             block = _block(stub, model_id, rows, config, steps)
             return block | {
-                "buffers": _said_of_buffers(home.rglob("*.log")),
                 "load_seconds": load_seconds,
                 "load_to_first_step_seconds": ready_seconds + block["first_step_seconds"],
             }
@@ -165,12 +161,6 @@ def service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> 
         except BaseException:
             say(server.log.read_text()[-3000:])
             raise
-
-
-def _said_of_buffers(logs: Iterable[Path]) -> list[str]:
-    """What Unsloth said of the buffers in RAM that checkpointing copies from and to: pageable ones are not hidden."""
-    lines = chain.from_iterable(log.read_text(errors="replace").splitlines() for log in logs)
-    return sorted({line for line in lines if re.search(r"Unsloth: .*(pageable|pinned|buffering)", line)})
 
 
 def training_config(*, fixed: bool) -> TrainingConfig:

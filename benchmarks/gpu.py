@@ -147,7 +147,7 @@ def _summary(case: Case, blocks: list[Figures], warm_up: int) -> Figures:
         "load_seconds": round(blocks[0]["load_seconds"], 1),
         "load_to_first_step_seconds": round(blocks[0]["load_to_first_step_seconds"], 1),
         **{key: round(last[key], 1) for key in ("warm_load_seconds", "warm_load_to_first_step_seconds") if key in last},
-        **{key: last[key] for key in ("passes", "config", "warnings", "buffers") if key in last},
+        **{key: last[key] for key in ("passes", "config", "warnings") if key in last},
         "first_step_seconds": [round(block["first_step_seconds"], 1) for block in blocks],
         "first_passes": blocks[0].get("passes"),
         "estimate_gib": round(last.get("estimate_bytes", 0) / GIB, 2),

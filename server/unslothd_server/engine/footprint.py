@@ -15,6 +15,7 @@ FLOAT32_BYTES = 4
 # Inputs of layers that are on the device while the others wait in RAM: two on their way, and the last layer's.
 INPUTS_ON_DEVICE = 3
 # What a process has of an H100 besides tensors once its first passes have run; 0.6 GiB before, as kernels load lazily.
+# Other cards may need less: then this much is told too high, which is the safe side.
 CONTEXT_BYTES = int(0.8 * 1024**3)
 
 
@@ -68,12 +69,11 @@ def _held_bytes(model: Any) -> int:
     """What the process holds now, and what kernels that were not used yet will take."""
     import torch
 
-    held = memory_bytes()
-    if not _on_gpu(model):
-        return held
-    context = held - torch.cuda.memory_reserved()
+    held, reserved = memory_bytes(), torch.cuda.memory_reserved()
     # Where the driver does not tell what a context takes, peaks are told without it, too.
-    return held + max(CONTEXT_BYTES - context, 0) if context > 0 else held
+    if not _on_gpu(model) or held <= reserved:
+        return held
+    return max(held, reserved + CONTEXT_BYTES)
 
 
 def offloads_inputs() -> bool:

@@ -119,7 +119,7 @@ def _arguments(loaded: LoadedModel, config: TrainingConfig, output_dir: Path, *,
         disable_tqdm=True,
         dataloader_num_workers=0,
         # Rows are tokenised, cut, and without those that carry no loss. TRL and Unsloth would do all of it again: 2.7 s
-        # for 20 000 short rows, in processes that they fork from the one that holds the device.
+        # for 20 000 short rows on two cores, and on hosts with more of them in forks of the process with the device.
         dataset_kwargs={"skip_prepare_dataset": not _get(config, "packing", False)},
     )
 
