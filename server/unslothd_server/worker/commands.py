@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from threading import Event
 from typing import Generic, TypeVar
 
+from unslothd_server.worker.call_stack import with_room_for_calls
 from unslothd_server.worker.faults import end_if_device_is_lost
 
 T = TypeVar("T")
@@ -72,5 +73,8 @@ class CommandQueue:
     def run_forever(self) -> None:
         """Runs the commands as they come. For the main thread."""
         self._imported.set()
+        with_room_for_calls(self._run_all)
+
+    def _run_all(self) -> None:
         while True:
             self._waiting.get()()
