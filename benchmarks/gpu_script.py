@@ -5,7 +5,8 @@
 
 Loads the model once; then trains a block for every JSON line {"rows": FILE, "steps": N} on stdin, and prints its
 figures as a JSON line. Between blocks it holds no more of the device than the model. With "profile": [WARM_UP, STEPS]
-in the job, the figures of a block have the kernels of so many steps after so many others: gpu_profile.py.
+in the job, the figures of a block have the kernels of so many steps after so many others: gpu_profile.py. With
+"tells_steps" it prints a line {"at": SECONDS} for each step: gpu_turns.py.
 """
 
 import gc
@@ -46,6 +47,8 @@ class Times(TrainerCallback):
             self.at.append(time.time())
             self.losses.append(float(logs["loss"]))
             self.tokens.append(int(state.num_input_tokens_seen))
+            if JOB.get("tells_steps"):
+                answer({"at": self.at[-1]})
             if self.look:
                 self.look.step_done(state.global_step)
 
