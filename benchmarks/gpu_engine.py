@@ -26,6 +26,7 @@ from support import engine_runs  # noqa: E402
 from unslothd.v1.training_event_pb2 import TrainingEvent  # noqa: E402
 from unslothd_server.engine.passes import StepPasses  # noqa: E402
 from unslothd_server.engine.unsloth_engine import UnslothEngine  # noqa: E402
+from unslothd_server.worker.call_stack import with_room_for_calls  # noqa: E402
 from unslothd_server.worker.ports import StopSignal  # noqa: E402
 
 
@@ -86,4 +87,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # As on the main thread of a worker.
+    with_room_for_calls(main)
