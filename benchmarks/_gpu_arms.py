@@ -61,43 +61,71 @@ class Arm:
     warm: Callable[[], Figures] | None = None
 
 
+class Script:
+    """gpu_script.py or gpu_engine.py in a process of its own, which answers in lines of JSON.
+
+    Args:
+        arm: As the program knows it; "engine…" is gpu_engine.py.
+        case: Tells whether weights are in 4 bits.
+        model: Its folder.
+        folder: Where it runs; its log is ARM.log in there.
+        more: Further fields of its job.
+    """
+
+    def __init__(self, arm: str, case: Case, model: Path, folder: Path, **more: Any) -> None:
+        program = "gpu_engine.py" if arm.startswith("engine") else "gpu_script.py"
+        job = {
+            "arm": arm,
+            "model": str(model),
+            "load_in_4bit": case.load_in_4bit,
+            "max_seq_length": MAX_SEQ_LENGTH,
+            **more,
+        }
+        self._arm = arm
+        self._log = folder / f"{arm}.log"
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / program), json.dumps(job)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=folder,
+                env=environment(UNSLOTH_DISABLE_STATISTICS="1", HF_HUB_OFFLINE="1"),
+            )
+
+    def ask(self, rows: Path, steps: int) -> None:
+        """Has it train a block of so many steps, once it has loaded the model."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"rows": str(rows), "steps": steps}) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Figures:
+        """Waits for its next line; RuntimeError with the end of its log when it has ended."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the script {self._arm} ended:\n{self._log.read_text()[-3000:]}")
+        return json.loads(line)
+
+    def kill(self) -> None:
+        """Ends it, also when it is stopped."""
+        self.process.kill()
+        self.process.wait()
+
+
 @contextmanager
 def script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> Iterator[Arm]:
     """Starts a script, or the engine alone, which loads while the others do."""
-    program = "gpu_engine.py" if arm.startswith("engine") else "gpu_script.py"
-    job = {
-        "arm": arm,
-        "model": str(model),
-        "load_in_4bit": case.load_in_4bit,
-        "max_seq_length": MAX_SEQ_LENGTH,
-    }
-    with (folder / f"{arm}.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / program), json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            cwd=folder,
-            env=environment(UNSLOTH_DISABLE_STATISTICS="1", HF_HUB_OFFLINE="1"),
-        )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    script = Script(arm, case, model, folder)
     loaded: Figures = {}
-
-    def answer() -> Figures:
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the script {arm} ended:\n{(folder / f'{arm}.log').read_text()[-3000:]}")
-        return json.loads(line)
 
     def train_block(steps: int) -> Figures:
         if not loaded:
-            loaded.update(answer())
-        process.stdin.write(json.dumps({"rows": str(rows), "steps": steps}) + "\n")
-        process.stdin.flush()
+            loaded.update(script.answer())
+        script.ask(rows, steps)
         begin_block = time.time()
-        taken = answer()
+        taken = script.answer()
         first_step = taken["at"][0] - begin_block
         return taken | {
             "load_seconds": loaded["load_seconds"],
@@ -109,8 +137,7 @@ def script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> I
     try:
         yield Arm(train_block)
     finally:
-        process.kill()
-        process.wait()
+        script.kill()
 
 
 @contextmanager

@@ -10,14 +10,11 @@ a turn does not count. Needs a GPU.
 
 import argparse
 import itertools
-import json
 import math
 import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from _common import HERE, Figures, columns, environment, options_parser, run, say
-from _gpu_arms import ARM_SECONDS, training_config
+from _common import Figures, columns, options_parser, run, say
+from _gpu_arms import ARM_SECONDS, MAX_SEQ_LENGTH, Case, Script, training_config
 from _made import random_model, write_rows
 
 from support import calls, random_llama
@@ -36,9 +33,9 @@ from support.running_server import RunningServer
 from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.training_pb2 import TrainingConfig
 
-MAX_SEQ_LENGTH = 2048
 # More than any number of turns has; the trainings are ended by ending their processes.
 STEPS = 100_000
+SHORTEST_TURN = 2
 calls.CALL_SECONDS = ARM_SECONDS * 4
 
 
@@ -51,36 +48,41 @@ class Runner:
         pid: Of the process that trains.
         steps: Yields the time of each step once it is logged, in seconds since 1970.
         seconds: Of every counted step, a list for each turn.
-        cpu: User and system seconds of the counted steps, and their page faults.
+        used: User seconds, system seconds and page faults of the counted steps, a list for each turn.
     """
 
     kind: str
     pid: int
     steps: Iterator[float]
     seconds: list[list[float]] = field(default_factory=list)
-    cpu: list[tuple[float, float, int]] = field(default_factory=list)
+    used: list[list[float]] = field(default_factory=list)
 
     def turn(self, length: int, *, counts: bool = True) -> None:
-        """Lets it run for so many steps."""
+        """Lets it run for so many steps; RuntimeError when its training ends."""
         os.kill(self.pid, signal.SIGCONT)
-        at = list(itertools.islice(self.steps, 1))
+        at = [self._step()]
         before = self._used()
-        at += itertools.islice(self.steps, length - 1)
+        at += [self._step() for _ in range(length - 1)]
         after = self._used()
         os.kill(self.pid, signal.SIGSTOP)
-        if len(at) < length:
-            raise RuntimeError(f"the training of {self.kind}, process {self.pid}, ended")
         if counts:
             self.seconds.append([later - earlier for earlier, later in itertools.pairwise(at)])
-            self.cpu.append(tuple(b - a for a, b in zip(before, after, strict=True)))  # type: ignore[arg-type]
+            self.used.append([late - early for early, late in zip(before, after, strict=True)])
+
+    def _step(self) -> float:
+        at = next(self.steps, None)
+        if at is None:
+            raise RuntimeError(f"the training of {self.kind}, process {self.pid}, ended")
+        return at
 
     def _used(self) -> tuple[float, float, int]:
         times = psutil.Process(self.pid).cpu_times()
+        # The eighth field after the name, which may have spaces; psutil does not tell it.
         faults = int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[7])
         return times.user, times.system, faults
 
 
-Kind = Callable[..., AbstractContextManager[Runner]]
+Kind = Callable[[Case, Path, Path, Path], AbstractContextManager[Runner]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,9 +101,12 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(options: argparse.Namespace) -> Figures:
     """Starts all processes, then lets them take turns."""
+    if options.turn < SHORTEST_TURN or options.rounds < 1 or options.processes < 1:
+        raise SystemExit(f"gpu_turns: --turn is {SHORTEST_TURN} at least, --rounds and --processes are 1 at least")
     begin, drawn = time.monotonic(), random.Random(0)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
+        case = Case(options.shape, options.load_in_4bit, mixed=False, steps={})
         model = random_model((options.models or folder).resolve() / options.shape, options.shape)
         rows = folder / "rows" / "full.jsonl"
         rows.parent.mkdir()
@@ -111,7 +116,7 @@ def measure(options: argparse.Namespace) -> Figures:
             number, kind = numbered
             place = folder / f"{kind.__name__}-{number}"
             place.mkdir()
-            runner = stack.enter_context(kind(model, rows, place, load_in_4bit=options.load_in_4bit))
+            runner = stack.enter_context(kind(case, model, rows, place))
             runner.turn(options.warm_up, counts=False)
             say(f"gpu_turns: {runner.kind} is training, {time.monotonic() - begin:.0f} s")
             return runner
@@ -119,7 +124,7 @@ def measure(options: argparse.Namespace) -> Figures:
         with ThreadPoolExecutor() as pool:
             runners = list(pool.map(start, itertools.product(range(options.processes), (script, service))))
         for number in range(options.rounds):
-            if time.monotonic() - begin > options.seconds:
+            if number and time.monotonic() - begin > options.seconds:
                 say(f"gpu_turns: no time is left after {number} rounds")
                 break
             for runner in drawn.sample(runners, len(runners)):
@@ -127,56 +132,35 @@ def measure(options: argparse.Namespace) -> Figures:
             if number % 5 == 0:
                 last = ", ".join(f"{each.kind} {statistics.mean(each.seconds[-1]):.4f} s" for each in runners)
                 say(f"gpu_turns: round {number + 1} of {options.rounds}: {last}")
+    scripts, services = ([each for each in runners if each.kind == kind] for kind in ("script", "unslothd"))
     return {
         "processes": [_figures(runner) for runner in runners],
-        "unslothd_to_script": _longer(runners, "unslothd", "script"),
-        "halves_of_scripts": _longer(*_halves(runners)) if options.processes > 1 else None,
+        "unslothd_to_script": _longer(services, scripts),
+        # What processes of one kind differ by.
+        "script_to_script": _longer(scripts[1::2], scripts[::2]) if len(scripts) > 1 else None,
     }
 
 
 @contextmanager
-def script(model: Path, rows: Path, folder: Path, *, load_in_4bit: bool) -> Iterator[Runner]:
+def script(case: Case, model: Path, rows: Path, folder: Path) -> Iterator[Runner]:
     """The plain Unsloth script of gpu.py."""
-    job = {
-        "arm": "unsloth",
-        "model": str(model),
-        "load_in_4bit": load_in_4bit,
-        "max_seq_length": MAX_SEQ_LENGTH,
-        "tells_steps": True,
-    }
-    log = folder / "log"
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "gpu_script.py"), json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            cwd=folder,
-            env=environment(UNSLOTH_DISABLE_STATISTICS="1", HF_HUB_OFFLINE="1"),
-        )
+    process = Script("unsloth", case, model, folder, tells_steps=True)
     try:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps({"rows": str(rows), "steps": STEPS}) + "\n")
-        process.stdin.flush()
-        answers = (json.loads(line) for line in process.stdout)
-        if "load_seconds" not in next(answers, {}):
-            raise RuntimeError(f"the script ended:\n{log.read_text()[-3000:]}")
-        yield Runner("script", process.pid, (answer["at"] for answer in answers))
+        process.answer()  # it has loaded the model
+        process.ask(rows, STEPS)
+        yield Runner("script", process.process.pid, (process.answer()["at"] for _ in itertools.count()))
     finally:
         process.kill()
-        process.wait()
 
 
 @contextmanager
-def service(model: Path, rows: Path, folder: Path, *, load_in_4bit: bool) -> Iterator[Runner]:
+def service(case: Case, model: Path, rows: Path, folder: Path) -> Iterator[Runner]:
     """A server, a model and a training with fixed passes of 2 x 4."""
     roots = ("--model-root", str(model.parent), "--model-root", str(rows.parent))
     with RunningServer(folder, arguments=roots) as server:
         stub = server.stub()
         loaded = calls.load(
-            stub, str(model), max_seq_length=MAX_SEQ_LENGTH, load_in_4bit=load_in_4bit, dtype="bfloat16"
+            stub, str(model), max_seq_length=MAX_SEQ_LENGTH, load_in_4bit=case.load_in_4bit, dtype="bfloat16"
         )
         calls.prepare(stub, loaded.model_id, TrainingConfig())
         config = training_config(fixed=True)
@@ -198,7 +182,7 @@ def _worker_of(server: RunningServer) -> psutil.Process:
 
 def _figures(runner: Runner) -> Figures:
     steps = list(itertools.chain.from_iterable(runner.seconds))
-    user, system, faults = (sum(each) / len(steps) for each in zip(*runner.cpu, strict=True))
+    user, system, faults = (sum(each) / len(steps) for each in zip(*runner.used, strict=True))
     return {
         "kind": runner.kind,
         "steps": len(steps),
@@ -211,32 +195,19 @@ def _figures(runner: Runner) -> Figures:
     }
 
 
-def _longer(runners: list[Runner], one: str, other: str) -> Figures:
-    """By how much a step of one kind is longer than one of the other: mean of rounds, and where 95 % of means lie."""
-    kinds = {
-        kind: [
-            statistics.mean(itertools.chain.from_iterable(turns))
-            for turns in zip(*(each.seconds for each in runners if each.kind == kind), strict=True)
-        ]
-        for kind in (one, other)
-    }
-    ratios = [math.log(a / b) for a, b in zip(kinds[one], kinds[other], strict=True)]
+def _longer(ones: list[Runner], others: list[Runner]) -> Figures:
+    """By what share a step of the ones is longer than of the others: mean of rounds, and where 95 % of means lie."""
+    ratios = [math.log(a / b) for a, b in zip(_means(ones), _means(others), strict=True)]
     mean = statistics.mean(ratios)
     around = 1.96 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.inf
-    return {key: round(math.expm1(value), 4) for key, value in (("mean", mean), ("low", mean - around))} | {
-        "high": round(math.expm1(mean + around), 4)
-    }
+    ends = {"mean": mean, "low": mean - around, "high": mean + around}
+    return {name: round(math.expm1(value), 4) for name, value in ends.items()}
 
 
-def _halves(runners: list[Runner]) -> tuple[list[Runner], str, str]:
-    """The scripts as two kinds: what processes of one kind differ by."""
-    scripts = [each for each in runners if each.kind == "script"]
-    names = ("first", "second")
-    renamed = [
-        Runner(names[position % 2], each.pid, each.steps, each.seconds, each.cpu)
-        for position, each in enumerate(scripts)
-    ]
-    return renamed, "second", "first"
+def _means(runners: list[Runner]) -> list[float]:
+    """Seconds of a step in each round, over all of them."""
+    rounds = zip(*(runner.seconds for runner in runners), strict=True)
+    return [statistics.mean(itertools.chain.from_iterable(turns)) for turns in rounds]
 
 
 def table(figures: Figures) -> str:
@@ -244,7 +215,8 @@ def table(figures: Figures) -> str:
     head = ["", "steps", "mean s", "median s", "user s", "system s", "page faults"]
     keys = ("kind", "steps", "mean_seconds", "median_seconds", "user_seconds", "system_seconds", "page_faults")
     lines = [columns(head, [[each[key] for key in keys] for each in figures["processes"]])]
-    for key, what in (("unslothd_to_script", "unslothd to the script"), ("halves_of_scripts", "script to script")):
+    pairs = {"unslothd_to_script": "unslothd to the script", "script_to_script": "one script to another"}
+    for key, what in pairs.items():
         if found := figures[key]:
             low, high = 100 * found["low"], 100 * found["high"]
             lines.append(f"a step of {what}: {100 * found['mean']:+.2f} % (95 %: {low:+.2f} to {high:+.2f})")

@@ -10,16 +10,19 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Of 8 bytes each. A few too many for a chunk of 256 KiB, so that half of the next larger one stays for the calls below;
-# those of a training take 12 KiB (52 frames, counted in a layer's products).
-_SLOTS = 32_000
+_SLOT_BYTES = 8
+# One more than fit into a chunk of 256 KiB: Python takes the next larger one, and half of it stays for the calls below.
+# Those of a training take 12 KiB (52 frames, counted in a layer's products).
+_SLOTS = 256 * 1024 // _SLOT_BYTES + 1
 
 
 def with_room_for_calls(work: Callable[[], T]) -> T:
-    """Calls it in a frame that claims a chunk of 512 KiB, of which what is not used is not touched either.
+    """Returns what the work returns, or raises what it raises; its calls have room for about a thousand frames.
+
+    Below those it is as without. The room is address space of 512 KiB, and memory only as far as calls reach.
 
     Args:
-        work: What is called often in there must not be deeper than some hundred frames.
+        work: Called once, on this thread.
     """
     return work()
 

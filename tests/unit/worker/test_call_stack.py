@@ -61,10 +61,10 @@ def test_with_room_no_depth_makes_calls_map_memory():
 
 
 def test_commands_have_that_room():
-    queue, found = CommandQueue(), [[-1]]
+    queue, found = CommandQueue(), list[list[int]]()
 
     def command() -> None:
-        found[0] = depths_with_faults()
+        found.append(depths_with_faults())
         raise OverError
 
     queue.post(command)
