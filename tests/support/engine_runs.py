@@ -1,5 +1,6 @@
 """Short words for what the engine's tests do: load, prepare, train, and look at what was told."""
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,32 @@ class Run:
     @property
     def losses(self) -> list[float]:
         return [step.loss for step in self.of("step")]
+
+
+@dataclass
+class Told:
+    """Everything that several runs of one training told, but for times and memory."""
+
+    steps: list[tuple[float, ...]]
+    evaluations: list[tuple[float, ...]]
+
+    @classmethod
+    def by(cls, *runs: Run) -> "Told":
+        steps = [step for run in runs for step in run.of("step")]
+        evaluations = [evaluation for run in runs for evaluation in run.of("evaluation")]
+        return cls(
+            [(s.step, s.epoch, s.loss, s.grad_norm, s.learning_rate, s.tokens, s.total_steps) for s in steps],
+            [(e.step, e.eval_loss, e.best) for e in evaluations],
+        )
+
+    def after(self, step: int) -> "Told":
+        return Told([s for s in self.steps if s[0] > step], [e for e in self.evaluations if e[0] > step])
+
+
+def weights(run: Run) -> str:
+    """A sum over what a training learnt."""
+    (file,) = (run.output_dir / "final").glob("*model.safetensors")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 LoadTiny = Callable[..., Loaded]

@@ -1,14 +1,12 @@
 """A training that is broken off and goes on, in another engine, is the unbroken one to the bit."""
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.engine_runs import Loaded, LoadTiny, Row, Run
+from support.engine_runs import Loaded, LoadTiny, Row, Told, weights
 from unslothd.v1.model_pb2 import LoraConfig
 from unslothd.v1.training_event_pb2 import TrainingCancelled, TrainingEvent, TrainingSucceeded
 from unslothd.v1.training_pb2 import TrainingConfig
@@ -19,31 +17,6 @@ LORA = LoraConfig(r=4, lora_dropout=0.2)
 SIX_STEPS = TrainingConfig(
     max_steps=6, warmup_steps=2, save_steps=3, learning_rate=5e-3, batch_size=2, gradient_accumulation_steps=1
 )
-
-
-@dataclass
-class Told:
-    """Everything that several runs of one training told, but for times and memory."""
-
-    steps: list[tuple[float, ...]]
-    evaluations: list[tuple[float, ...]]
-
-    @classmethod
-    def by(cls, *runs: Run) -> "Told":
-        steps = [step for run in runs for step in run.of("step")]
-        evaluations = [evaluation for run in runs for evaluation in run.of("evaluation")]
-        return cls(
-            [(s.step, s.epoch, s.loss, s.grad_norm, s.learning_rate, s.tokens, s.total_steps) for s in steps],
-            [(e.step, e.eval_loss, e.best) for e in evaluations],
-        )
-
-    def after(self, step: int) -> "Told":
-        return Told([s for s in self.steps if s[0] > step], [e for e in self.evaluations if e[0] > step])
-
-
-def weights(run: Run) -> str:
-    (file,) = (run.output_dir / "final").glob("*model.safetensors")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @pytest.fixture
