@@ -15,23 +15,16 @@ from trl import SFTConfig, SFTTrainer
 
 
 class Times(TrainerCallback):
-    """Notes when each step was logged, how long it took, and its loss."""
+    """Notes when each step was logged, and its loss."""
 
     def __init__(self) -> None:
-        self.began = 0.0
         self.at: list[float] = []
-        self.step_seconds: list[float] = []
         self.losses: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Where the service's step_seconds begin, too."""
-        self.began = time.time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Once a step, as logging_steps is 1."""
         if logs and "loss" in logs:
             self.at.append(time.time())
-            self.step_seconds.append(self.at[-1] - self.began)
             self.losses.append(logs["loss"])
 
 
@@ -79,7 +72,7 @@ def main() -> None:
         ),
     )
     trainer.train()
-    print("\n" + json.dumps({"at": times.at, "step_seconds": times.step_seconds, "losses": times.losses}), flush=True)
+    print("\n" + json.dumps({"at": times.at, "losses": times.losses}), flush=True)
 
 
 def _dtype(name: str) -> Any:

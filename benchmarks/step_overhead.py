@@ -121,7 +121,6 @@ def _service(
     steps = [event for event in events if event.HasField("step")]
     return {
         "at": [event.event_time.ToNanoseconds() / 1e9 for event in steps],
-        "step_seconds": [event.step.step_seconds for event in steps],
         "losses": [event.step.loss for event in steps],
     }
 
@@ -129,10 +128,6 @@ def _service(
 def _compared(arms: dict[str, list[Figures]], warm_up: int) -> Figures:
     runs = {arm: [_durations(each["at"], warm_up) for each in results] for arm, results in arms.items()}
     medians = {arm: statistics.median(chain(*steps)) for arm, steps in runs.items()}
-    inside = {
-        arm: statistics.median(chain(*(each["step_seconds"][warm_up + 1 :] for each in results)))
-        for arm, results in arms.items()
-    }
     draws = random.Random(0)
 
     def draw(arm: str) -> float:
@@ -146,8 +141,6 @@ def _compared(arms: dict[str, list[Figures]], warm_up: int) -> Figures:
     return {
         "steps_counted": {arm: sum(map(len, each)) for arm, each in runs.items()},
         "median_step_seconds": {arm: round(value, 5) for arm, value in medians.items()},
-        # From the begin of a step to its log; the rest lies between steps: the event, the memory, the next batch.
-        "median_inside_step_seconds": {arm: round(value, 5) for arm, value in inside.items()},
         "overhead_percent": round(100 * (medians["service"] / medians["bare"] - 1), 2),
         "overhead_percent_95": [round(ratios[50], 2), round(ratios[-50], 2)],
         "medians_by_round": by_round,
@@ -175,20 +168,18 @@ def _has_gpu() -> bool:
 
 def table(figures: Figures) -> str:
     """For people."""
-    inside = figures["median_inside_step_seconds"]
     medians, by_round = figures["median_step_seconds"], figures["medians_by_round"]
     rows = [
         [
             arm,
             round(1000 * medians[arm], 1),
-            round(1000 * inside[arm], 1),
             " ".join(f"{1000 * each:.1f}" for each in by_round[arm]),
             *(f"{losses[index]:.5f}" for index in (0, len(losses) // 2, -1)),
         ]
         for arm, losses in figures["losses_of_first_round"].items()
     ]
     low, high = figures["overhead_percent_95"]
-    text = columns(["", "median ms a step", "inside it", "by round", "first loss", "middle", "last"], rows)
+    text = columns(["", "median ms a step", "by round", "first loss", "middle", "last"], rows)
     text += f"\n\noverhead {figures['overhead_percent']} % (95 %: {low} to {high}); "
     text += f"largest difference between two losses of the same step {figures['largest_loss_difference']:.2g}"
     if figures["runs_differ_percent"] > LIKE_PERCENT:

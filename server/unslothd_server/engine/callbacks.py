@@ -99,9 +99,7 @@ class EventCallback(TrainerCallback):
 
     def _progress(self, state: Any, logs: dict[str, Any]) -> StepProgress:
         figures, last = self._figures, self._figures.interval
-        seconds = figures.clock.elapsed()
-        # Until the next step begins, time is not the training's.
-        figures.clock.stop()
+        seconds = figures.clock.at_step_end
         tokens = int(state.num_input_tokens_seen)
         steps, spent = max(state.global_step - last.step, 1), max(seconds - last.seconds, 1e-9)
         figures.interval = LogInterval(state.global_step, tokens, seconds)

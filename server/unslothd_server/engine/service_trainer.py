@@ -1,6 +1,7 @@
 """The trainer with the few things that Transformers does otherwise than the contract says."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from unslothd_server.engine.evaluation import within_memory
 from unslothd_server.engine.passes import PassSplit, StepPasses
 from unslothd_server.engine.step_clock import StepClock
 from unslothd_server.engine.tokens import IGNORED_LABEL
+from unslothd_server.engine.transfers import Reading, sent
 from unslothd_server.engine.untouched import random_state_kept
 from unslothd_server.errors import ExhaustedError
 
@@ -34,32 +36,93 @@ class TrainerHooks:
     beat: Callable[[], None]
 
 
-def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks) -> Any:
-    """Returns a subclass of `base`, Unsloth's SFTTrainer, which is known only once Unsloth is imported."""
+@dataclass(frozen=True)
+class _Untold:
+    """A step that is done but not logged yet.
+
+    Args:
+        figures: Sum of losses since the last log, norm of the gradients, tokens since the last log.
+        others: What Transformers passes to its log beside the first two.
+        learning_rate: Of the step.
+    """
+
+    figures: Reading
+    others: tuple[Any, ...]
+    learning_rate: float | None
+
+
+def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks, *, cuts_batches: bool) -> Any:
+    """Returns a subclass of `base`, Unsloth's SFTTrainer, which is known only once Unsloth is imported.
+
+    Args:
+        base: The class.
+        clock: Is stopped while the trainer evaluates or saves.
+        hooks: What it calls.
+        cuts_batches: Its batches are whole optimizer steps, which `passes` cuts.
+    """
     import torch
 
     class ServiceTrainer(base):  # type: ignore[misc]
         """Counts eval loss by token, keeps the clock, writes no model card, never waits, ends a resumed run on time.
 
         A lack of memory in a pass is repaired at the same optimizer step. Evaluations change nothing but memory, and a
-        lack of that does not end the training.
+        lack of that does not end the training. A step is told when the device has done it; the next one has been
+        launched by then, unless there is something to do between them.
         """
 
         passes: StepPasses  # set once the trainer is built
+        _untold: _Untold | None = None
 
-        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-            """The inputs of the next optimizer step."""
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            """Trains; whatever ends it, the last step that was done is told."""
+            try:
+                return super().train(*args, **kwargs)
+            except Exception:
+                # A device that is broken tells nothing more: what broke it is the error to raise.
+                with suppress(Exception):
+                    self.tell()
+                raise
+            finally:
+                clock.stop()
+
+        def get_train_dataloader(self) -> Any:
+            """Batches that are cut stay on the host until then: whoever looks at the device waits for it."""
+            if not cuts_batches:
+                return super().get_train_dataloader()
+            placement, self.accelerator.device_placement = self.accelerator.device_placement, False
+            try:
+                return super().get_train_dataloader()
+            finally:
+                self.accelerator.device_placement = placement
+
+        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+            """The inputs of the next optimizer step, and how many tokens of them are learnt."""
             self.passes.begin_step()
-            return super().get_batch_samples(*args, **kwargs)
+            if not cuts_batches:
+                return super().get_batch_samples(epoch_iterator, num_batches, device)
+            samples, learnt = super().get_batch_samples(epoch_iterator, num_batches, torch.device("cpu"))
+            return samples, sent(learnt, device) if isinstance(learnt, torch.Tensor) else learnt
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
             """One pass as configured, in as many parts as memory asks for."""
             hooks.beat()
-            return self.passes.run(inputs, lambda part: self.one_pass(model, part, num_items_in_batch))
+            self.tell(wait=False)
+            loss = self.passes.run(inputs, lambda part: self.one_pass(model, part, num_items_in_batch))
+            if self.accelerator.sync_gradients:
+                self.tell()
+            return loss
 
         def one_pass(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
             """Forward and backward of exactly these inputs; a lack of memory is raised. Returns the loss."""
             return super().training_step(model, inputs, num_items_in_batch)
+
+        def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+            """Sends a pass to the device; Transformers waits for it with every tensor."""
+            device = self.args.device
+            return {
+                name: sent(value, device) if isinstance(value, torch.Tensor) else value
+                for name, value in inputs.items()
+            }
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """Nothing: the folder of a training holds results, not a web page."""
@@ -75,13 +138,44 @@ def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks) -> A
             self.state.num_input_tokens_seen += int(getattr(self, "_uncounted_tokens", 0))
             self._uncounted_tokens = 0
 
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            """Logs with the tokens counted; one loss that is not a number must not make all later ones so."""
-            self._count_tokens()
-            if "loss" in logs:
-                # Transformers empties this sum by subtracting it from itself.
-                self._tr_loss.zero_()
-            super().log(logs, *args, **kwargs)
+        def _maybe_log_save_evaluate(
+            self, tr_loss: Any, grad_norm: Any, *others: Any, learning_rate: float | None = None
+        ) -> None:
+            """Logs, evaluates and saves. A step that is only logged is told later, once the next one is launched."""
+            if not self.control.should_log or self.state.global_step <= self._globalstep_last_logged:
+                super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, learning_rate=learning_rate)
+                return
+            figures = Reading([tr_loss, grad_norm, getattr(self, "_uncounted_tokens", 0)])
+            # Transformers empties this sum by subtracting it from itself; a loss that is no number would stay in it.
+            tr_loss.zero_()
+            self._uncounted_tokens = 0
+            self._untold = _Untold(figures, others, learning_rate)
+            self.control.should_log = False
+            self.tell(wait=self._stands_here())
+
+        def _stands_here(self) -> bool:
+            """True when the next step does not follow at once."""
+            control = self.control
+            ends = control.should_training_stop or control.should_epoch_stop
+            return ends or control.should_evaluate or control.should_save
+
+        def tell(self, *, wait: bool = True) -> None:
+            """Logs the last step if that is still to be done, and evaluates and saves if that is due.
+
+            Args:
+                wait: Until the device has done the step; else only if it has.
+            """
+            untold = self._untold
+            if untold is None or not (wait or untold.figures.ready):
+                return
+            self._untold = None
+            loss_sum, grad_norm, tokens = untold.figures.values()
+            clock.note_step_end(untold.figures.made)
+            self.state.num_input_tokens_seen += int(tokens)
+            self.control.should_log = True
+            loss = torch.tensor(loss_sum, dtype=torch.float64)
+            super()._maybe_log_save_evaluate(loss, grad_norm, *untold.others, learning_rate=untold.learning_rate)
+            self.control.should_log = False
 
         def interval_loss(self) -> float:
             """Sum of the losses since the last logged step."""

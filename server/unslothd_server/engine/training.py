@@ -178,6 +178,7 @@ class TrainingRun:
 
     def _repaired(self, split: PassSplit, error: ExhaustedError) -> None:
         """A pass did not fit: says what was changed. The optimizer step under way is done again from its first pass."""
+        self._trainer.tell()
         self._repairs += 1
         self._real_config = self._split_config(split)
         recovery = Recovery(
