@@ -3,8 +3,11 @@
 import re
 import sys
 import time
+import warnings
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # The first that matches a kernel's name.
@@ -20,6 +23,8 @@ KINDS = (
     ("elementwise and sums", r"elementwise|reduce|triton|foreach|fill|cat"),
 )
 DEAREST = 12
+# Of the operator that launched a kernel and of those around it.
+NESTED = 5
 
 
 @dataclass
@@ -29,13 +34,16 @@ class KernelLook:
     Args:
         warm_up: Steps before.
         steps: Steps that are looked at.
+        operators: Tell which operators launched kernels; then launches take longer, and steps that are bound by them.
     """
 
     warm_up: int
     steps: int
+    operators: bool = False
     _profiler: Any = field(default=None, init=False)
     _at: list[float] = field(default_factory=list, init=False)
     _buffers: dict[str, Any] = field(default_factory=dict, init=False)
+    _waits: "_Waits | None" = field(default=None, init=False)
 
     def step_done(self, step: int) -> bool:
         """Returns True once it has seen enough."""
@@ -44,20 +52,54 @@ class KernelLook:
             from torch.profiler import ProfilerActivity, profile
 
             # Without a GPU there are no kernels, and it refuses to look for none.
-            activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
-            self._profiler = profile(activities=[activity])
+            device = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+            activities = {device, ProfilerActivity.CPU} if self.operators else {device}
+            self._profiler = profile(activities=activities, record_shapes=self.operators)
             self._profiler.start()
+            self._waits = _Waits()
         if self.warm_up <= step <= self.warm_up + self.steps:
             self._at.append(time.perf_counter())
         if step == self.warm_up + self.steps:
+            self._waits.end()
             self._profiler.stop()
             self._buffers = _offload_buffers()
         return step >= self.warm_up + self.steps
 
     def figures(self) -> dict[str, Any]:
-        """Seconds and kernels of a step; seconds by kind of kernel; the dearest kernels; offloading's buffers."""
+        """Of a step: seconds, kernels, seconds by kind of kernel, the dearest kernels, where the host waited.
+
+        Then offloading's buffers, and which operators launched the dearest kernels if that was asked for.
+        """
         figures = _figures(self._profiler, (self._at[-1] - self._at[0]) / self.steps, self.steps)
-        return figures | {"offload_buffers": self._buffers}
+        figures |= {"offload_buffers": self._buffers, "waits": self._waits.by_place(self.steps)}
+        return figures | ({"launchers": _launchers(self._profiler, self.steps)} if self.operators else {})
+
+
+class _Waits:
+    """Where the host waits for the device: torch warns of each call that does, but for waits for an event."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._until = ExitStack()
+        self._caught = self._until.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+            self._until.callback(torch.cuda.set_sync_debug_mode, "default")
+
+    def end(self) -> None:
+        """Stops looking."""
+        self._until.close()
+
+    def by_place(self, steps: int) -> dict[str, float]:
+        """Waits of a step, by file and line, the most frequent first."""
+        found = Counter(
+            f"{'/'.join(Path(each.filename).parts[-3:])}:{each.lineno}"
+            for each in self._caught
+            if "synchronizing" in str(each.message)
+        )
+        return {place: count / steps for place, count in found.most_common()}
 
 
 def _figures(profiler: Any, step_seconds: float, steps: int) -> dict[str, Any]:
@@ -82,6 +124,37 @@ def _figures(profiler: Any, step_seconds: float, steps: int) -> dict[str, Any]:
             for name, each in names.most_common(DEAREST)
         ],
     }
+
+
+def _launchers(profiler: Any, steps: int) -> list[dict[str, Any]]:
+    """Operators whose kernels, but for matrix products and attention, take the most time; their shapes and kinds."""
+    seconds, calls = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
+    for event in profiler.events():
+        for kernel in event.kernels:
+            kind = _kind(kernel.name)
+            if kind not in ("matrix products", "attention"):
+                key = (kind, _nesting(event), str([shape for shape in event.input_shapes or [] if shape]))
+                seconds[key] += kernel.duration
+                calls[key] += 1
+    return [
+        {
+            "kind": key[0],
+            "operators": key[1],
+            "shapes": key[2],
+            "seconds": each / 1e6 / steps,
+            "calls": calls[key] / steps,
+        }
+        for key, each in seconds.most_common(2 * DEAREST)
+    ]
+
+
+def _nesting(event: Any) -> str:
+    """The operator and those around it, the innermost first."""
+    names: list[str] = []
+    while event is not None and len(names) < NESTED:
+        names.append(str(event.name).removeprefix("autograd::engine::evaluate_function: "))
+        event = event.cpu_parent
+    return " < ".join(dict.fromkeys(names))
 
 
 def _offload_buffers() -> dict[str, Any]:

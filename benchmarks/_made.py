@@ -8,6 +8,8 @@ from pathlib import Path
 
 from _common import HERE, environment, say
 
+from support.tiny_model import EOS
+
 MODEL_SECONDS = 900
 WORDS = ["fox", "dog", "sea", "old", "man", "story", "language", "number", "answer", "question"]
 
@@ -29,6 +31,8 @@ def random_model(model: Path, shape: str | None = None) -> Path:
 def write_rows(file: Path, count: int, *, words: int | None = None) -> None:
     """Writes rows, the same for the same arguments.
 
+    Each ends with the end-of-sequence token of these models: TRL and unslothd would add it, Unsloth alone does not.
+
     Args:
         file: JSON lines.
         count: Rows.
@@ -36,4 +40,5 @@ def write_rows(file: Path, count: int, *, words: int | None = None) -> None:
     """
     drawn = random.Random(0)
     lengths = [words or min(1500, max(20, int(drawn.lognormvariate(5.2, 0.75)))) for _ in range(count)]
-    file.write_text("\n".join(json.dumps({"text": " ".join(drawn.choices(WORDS, k=length))}) for length in lengths))
+    texts = [" ".join(drawn.choices(WORDS, k=length)) + EOS for length in lengths]
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))

@@ -6,6 +6,7 @@ card, which is what matrix products could reach.
 
     python benchmarks/gpu_profile.py --shape llama-3.1-8b --load-in-4bit
     python benchmarks/gpu_profile.py --shape llama-3.2-1b --arm unsloth
+    python benchmarks/gpu_profile.py --shape llama-3.2-1b --at-once
 """
 
 import argparse
@@ -20,6 +21,7 @@ from _kernels import KernelLook, product_tflops
 from _made import random_model, write_rows
 
 from support import engine_runs, random_llama
+from support.readings import at_once
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig
 from unslothd_server.engine.unsloth_engine import UnslothEngine
@@ -40,7 +42,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--arm", choices=ARMS, default="tuned", help=arms)
     options.add_argument("--max-seq-length", type=int, default=2048, help="tokens")
     options.add_argument("--warm-up", type=int, default=6, help="steps before the profile")
-    options.add_argument("--steps", type=int, default=3, help="steps of the profile")
+    options.add_argument("--steps", type=int, default=5, help="steps of the profile")
+    options.add_argument("--operators", action="store_true", help="tell which operators launch the dearest kernels")
+    at_once = "tell each step before the next is launched (not of the arm unsloth, which does nothing else)"
+    options.add_argument("--at-once", action="store_true", help=at_once)
     options.add_argument("--save", type=Path, help="folder for the table and the figures")
     return options
 
@@ -64,6 +69,9 @@ def measure(options: argparse.Namespace) -> Figures:
 
 def _engine(model: Path, rows: Path, folder: Path, options: argparse.Namespace) -> Figures:
     UnslothEngine().import_libraries()
+    # Transformers comes with it, which Unsloth has to come before.
+    from unslothd_server.engine import service_trainer
+
     loaded = engine_runs.load(
         model, folder, load_in_4bit=options.load_in_4bit, max_seq_length=options.max_seq_length, dtype="bfloat16"
     )
@@ -71,7 +79,10 @@ def _engine(model: Path, rows: Path, folder: Path, options: argparse.Namespace) 
     config = TrainingConfig(max_steps=3000, warmup_steps=2, batch_size=2, gradient_accumulation_steps=4)
     if options.arm == "tuned":
         config.micro_batching = MICRO_BATCHING_TUNED
-    look = KernelLook(options.warm_up, options.steps)
+    look = KernelLook(options.warm_up, options.steps, options.operators)
+    # The profile begins and ends between two steps; what the device does for the next one would count otherwise.
+    edges = None if options.at_once else (options.warm_up, options.warm_up + options.steps)
+    service_trainer.Reading = at_once(edges)
 
     def on_event(event: TrainingEvent, stop: StopSignal) -> None:
         if event.HasField("step") and look.step_done(event.step.step):
@@ -92,7 +103,7 @@ def _script(model: Path, rows: Path, folder: Path, options: argparse.Namespace) 
         "model": str(model),
         "load_in_4bit": options.load_in_4bit,
         "max_seq_length": options.max_seq_length,
-        "profile": [options.warm_up, options.steps],
+        "profile": [options.warm_up, options.steps, options.operators],
     }
     done = subprocess.run(
         [sys.executable, str(HERE / "gpu_script.py"), json.dumps(job)],
@@ -121,7 +132,20 @@ def table(figures: Figures) -> str:
     kinds = [(kind, f"{each:.4f}", f"{100 * each / seconds:.1f} %") for kind, each in shares.items()]
     dearest = [(each["name"][:90], f"{each['seconds']:.4f}", f"{each['calls']:.0f}") for each in figures["dearest"]]
     head = "dearest kernels"
-    tables = columns(["", "s a step", "share"], kinds), columns([head, "s a step", "calls"], dearest)
+    waits = [(place, f"{each:.1f}") for place, each in figures["waits"].items()]
+    tables = [
+        columns(["", "s a step", "share"], kinds),
+        columns([head, "s a step", "calls"], dearest),
+        columns(["where the host waits for the device", "times a step"], waits or [("nowhere", "")]),
+    ]
+    if "launchers" in figures:
+        head = ["launched by", "shapes", "kind", "s a step", "calls"]
+        keys = ("operators", "shapes", "kind")
+        rows = [
+            (*(each[key][:120] for key in keys), f"{each['seconds']:.4f}", f"{each['calls']:.0f}")
+            for each in figures["launchers"]
+        ]
+        tables.append(columns(head, rows))
     return "\n\n".join(["; ".join(about), *tables])
 
 

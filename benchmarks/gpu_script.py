@@ -4,9 +4,9 @@
     python gpu_script.py '{"arm": "hf" or "unsloth", "model": "FOLDER", "load_in_4bit": true, "max_seq_length": 2048}'
 
 Loads the model once; then trains a block for every JSON line {"rows": FILE, "steps": N} on stdin, and prints its
-figures as a JSON line. Between blocks it holds no more of the device than the model. With "profile": [WARM_UP, STEPS]
-in the job, the figures of a block have the kernels of so many steps after so many others: gpu_profile.py. With
-"tells_steps" it prints a line {"at": SECONDS} for each step: gpu_turns.py.
+figures as a JSON line. Between blocks it holds no more of the device than the model. With "profile":
+[WARM_UP, STEPS, OPERATORS] in the job, the figures of a block have the kernels of so many steps after so many others:
+gpu_profile.py. With "tells_steps" it prints a line {"at": SECONDS} for each step: gpu_turns.py.
 """
 
 import gc

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from support.engine_runs import Loaded, LoadTiny, Row, Told, memory, weights
+from support.readings import Late, Soon
 from unslothd.v1.model_pb2 import LoraConfig
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import TrainingConfig
@@ -17,27 +18,6 @@ from unslothd_server.worker.ports import StopSignal, TrainingPaused
 FOUR_STEPS = TrainingConfig(
     max_steps=4, warmup_steps=0, learning_rate=5e-3, batch_size=2, gradient_accumulation_steps=2, save_steps=100
 )
-
-
-class Late(Reading):
-    """Figures of a device that is behind until it is waited for."""
-
-    @property
-    def ready(self) -> bool:
-        return False
-
-
-class Soon(Reading):
-    """Figures that are not there when their step ends, and are when they are next looked for."""
-
-    def __init__(self, numbers: Any) -> None:
-        super().__init__(numbers)
-        self._looks = 0
-
-    @property
-    def ready(self) -> bool:
-        self._looks += 1
-        return self._looks > 1
 
 
 @pytest.fixture
