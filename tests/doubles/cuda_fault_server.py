@@ -1,13 +1,15 @@
 """The real server whose real workers break their CUDA context once: `cuda_fault_server.py ARGUMENTS OF unslothd serve`.
 
 The same file is the worker: `cuda_fault_server.py --worker BUNDLE_DIR`. The first of one home does what a bug in a
-kernel does, at the begin of its optimizer step FAULT_STEP; later ones are as they always are.
+kernel does, before its pass FAULT_PASS; later ones are as they always are.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
-FAULT_STEP = 4
+# The second one of step 4, where a step has two: step 3 is told by then, as the device is not far behind.
+FAULT_PASS = 8
 
 
 def serve(arguments: list[str]) -> int:
@@ -26,16 +28,16 @@ def work(bundle: Path) -> None:
     from unslothd_server.worker import __main__ as worker
 
     done = bundle.parent / "cuda-fault"
-    begin_step, steps = StepPasses.begin_step, [0]
+    run, passes = StepPasses.run, [0]
 
-    def begin_step_or_break(passes: StepPasses) -> None:
-        steps[0] += 1
-        if steps[0] == FAULT_STEP and not done.exists():
+    def run_or_break(*args: Any) -> Any:
+        passes[0] += 1
+        if passes[0] == FAULT_PASS and not done.exists():
             done.touch()
             _break_context()
-        begin_step(passes)
+        return run(*args)
 
-    StepPasses.begin_step = begin_step_or_break
+    StepPasses.run = run_or_break
     sys.argv = [sys.argv[0], str(bundle)]
     worker.main()
 

@@ -347,3 +347,16 @@ def test_rows_that_are_tokenised_and_cut_are_not_rewritten_by_the_trainer(
     monkeypatch.setattr(datasets.Dataset, "map", refuse)
     run = prepared.train(texts, eval_rows=texts[:3])
     assert len(run.losses) == 2
+
+
+def test_unsloth_takes_our_word_that_no_row_is_longer_than_the_model(versions: dict[str, str]) -> None:
+    """On a GPU it joins rows without padding only then. The name of the word is its own, and private."""
+    from datasets import Dataset
+    from unsloth.models.rl import _attested_within_cap
+
+    from unslothd_server.engine.trainer import _say_cut
+
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3]}])
+    assert not _attested_within_cap(rows, 128)
+    _say_cut(rows, 128)
+    assert _attested_within_cap(rows, 128)
