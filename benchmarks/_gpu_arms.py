@@ -166,7 +166,7 @@ def service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> 
 
         def train_block(steps: int) -> Figures:
             model_id, load_seconds, ready_seconds = ready.result()
-            block = _block(stub, model_id, rows, config, steps)
+            block = first_steps(stub, model_id, rows, config, steps)
             return block | {
                 "load_seconds": load_seconds,
                 "load_to_first_step_seconds": ready_seconds + block["first_step_seconds"],
@@ -176,7 +176,7 @@ def service_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> 
             stub.UnloadModel(pb.UnloadModelRequest(model_id=ready.result()[0]))
             wait_until(lambda: stub.GetServerInfo(pb.GetServerInfoRequest()).warm_workers > 0, ARM_SECONDS)
             model_id, load_seconds, ready_seconds = load_and_prepare()
-            block = _block(stub, model_id, rows, config, 2)
+            block = first_steps(stub, model_id, rows, config, 2)
             stub.UnloadModel(pb.UnloadModelRequest(model_id=model_id))
             return {
                 "warm_load_seconds": load_seconds,
@@ -205,7 +205,7 @@ def training_config(*, fixed: bool) -> TrainingConfig:
     )
 
 
-def _block(stub: UnslothServiceStub, model_id: str, rows: Path, config: TrainingConfig, steps: int) -> Figures:
+def first_steps(stub: UnslothServiceStub, model_id: str, rows: Path, config: TrainingConfig, steps: int) -> Figures:
     """The first steps of a training; the other arms come and go, so each takes the memory that is free now."""
     begin = time.time()
     events: list[TrainingEvent] = []
