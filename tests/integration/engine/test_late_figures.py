@@ -155,3 +155,24 @@ def test_a_training_that_fails_has_told_every_step_that_was_done(
     with memory(loaded, fits), pytest.raises(ExhaustedError):
         loaded.train(texts, config(), on_event=lambda event, stop: events.append(event))
     assert [event.step.step for event in events if event.HasField("step")] == [1, 2]
+
+
+def test_figures_of_a_device_are_as_they_were_when_their_step_ended(versions: dict[str, str]) -> None:
+    import torch
+
+    class OnDevice:
+        """A tensor that says it is on a GPU; what is launched for it runs at once."""
+
+        is_cuda = True
+
+        def __init__(self, tensor: Any) -> None:
+            self.tensor = tensor
+
+        def detach(self) -> Any:
+            return self.tensor
+
+    loss, tokens = torch.tensor(0.1), torch.tensor([2**40 + 1])
+    reading = Reading([OnDevice(loss), 3.5, OnDevice(tokens)])
+    loss.zero_()
+    tokens.zero_()
+    assert reading.values() == [float(torch.tensor(0.1)), 3.5, 2**40 + 1]

@@ -1,5 +1,6 @@
 """A training by real Unsloth: its events, its figures, its folder, and the config that it really has."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -360,3 +361,22 @@ def test_unsloth_takes_our_word_that_no_row_is_longer_than_the_model(versions: d
     assert not _attested_within_cap(rows, 128)
     _say_cut(rows, 128)
     assert _attested_within_cap(rows, 128)
+
+
+def test_the_parameters_of_a_model_are_counted_once_for_the_operations_of_all_passes(
+    prepared: Loaded, texts: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, counted = prepared.torch_model, []
+    count = model.num_parameters
+
+    def counting(*args: Any, **kwargs: Any) -> int:
+        counted.append(kwargs)
+        return count(*args, **kwargs)
+
+    monkeypatch.setattr(model, "num_parameters", counting)
+    config = TrainingConfig(max_steps=3, warmup_steps=0, batch_size=1, gradient_accumulation_steps=2, save_steps=3)
+    run = prepared.train(texts, config)
+    assert counted == [{"exclude_embeddings": True}]
+    state = json.loads((run.output_dir / "checkpoint-3" / "trainer_state.json").read_text())
+    # One row a pass has no padding.
+    assert state["total_flos"] == 6 * run.of("step")[-1].tokens * count(exclude_embeddings=True)
