@@ -232,7 +232,7 @@ class StepProgress(_message.Message):
     tokens_per_second: _builtins.float
     """Over the last logging interval, padding not counted."""
     step_seconds: _builtins.float
-    """Mean seconds of an optimizer step over the last logging interval."""
+    """Mean seconds of an optimizer step over the last logging interval, evaluations and checkpoints not counted."""
     eta_seconds: _builtins.float
     """Seconds to the end at the present speed."""
     memory_bytes: _builtins.int

@@ -460,7 +460,7 @@ type StepProgress struct {
 	Tokens int64 `protobuf:"varint,7,opt,name=tokens,proto3" json:"tokens,omitempty"`
 	// Over the last logging interval, padding not counted.
 	TokensPerSecond float64 `protobuf:"fixed64,8,opt,name=tokens_per_second,json=tokensPerSecond,proto3" json:"tokens_per_second,omitempty"`
-	// Mean seconds of an optimizer step over the last logging interval.
+	// Mean seconds of an optimizer step over the last logging interval, evaluations and checkpoints not counted.
 	StepSeconds float64 `protobuf:"fixed64,9,opt,name=step_seconds,json=stepSeconds,proto3" json:"step_seconds,omitempty"`
 	// Seconds to the end at the present speed.
 	EtaSeconds float64 `protobuf:"fixed64,10,opt,name=eta_seconds,json=etaSeconds,proto3" json:"eta_seconds,omitempty"`

@@ -300,7 +300,7 @@ export type StepProgress = Message<"unslothd.v1.StepProgress"> & {
   tokensPerSecond: number;
 
   /**
-   * Mean seconds of an optimizer step over the last logging interval.
+   * Mean seconds of an optimizer step over the last logging interval, evaluations and checkpoints not counted.
    *
    * @generated from field: double step_seconds = 9;
    */
