@@ -71,7 +71,8 @@ class KernelLook:
         Then offloading's buffers, and which operators launched the dearest kernels if that was asked for.
         """
         figures = _figures(self._profiler, (self._at[-1] - self._at[0]) / self.steps, self.steps)
-        figures |= {"offload_buffers": self._buffers, "waits": self._waits.by_place(self.steps)}
+        calls = _waiting_calls(self._profiler, self.steps)
+        figures |= {"offload_buffers": self._buffers, "waits": self._waits.by_place(self.steps), "waiting_calls": calls}
         return figures | ({"launchers": _launchers(self._profiler, self.steps)} if self.operators else {})
 
 
@@ -124,6 +125,16 @@ def _figures(profiler: Any, step_seconds: float, steps: int) -> dict[str, Any]:
             for name, each in names.most_common(DEAREST)
         ],
     }
+
+
+def _waiting_calls(profiler: Any, steps: int) -> dict[str, dict[str, float]]:
+    """Calls of CUDA that return when the device has done something: times and seconds of a step."""
+    calls, seconds = Counter[str](), Counter[str]()
+    for event in profiler.events():
+        if str(event.name).endswith("Synchronize"):
+            calls[str(event.name)] += 1
+            seconds[str(event.name)] += event.time_range.end - event.time_range.start
+    return {name: {"calls": calls[name] / steps, "seconds": each / 1e6 / steps} for name, each in seconds.items()}
 
 
 def _launchers(profiler: Any, steps: int) -> list[dict[str, Any]]:

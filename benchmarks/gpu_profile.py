@@ -132,11 +132,13 @@ def table(figures: Figures) -> str:
     kinds = [(kind, f"{each:.4f}", f"{100 * each / seconds:.1f} %") for kind, each in shares.items()]
     dearest = [(each["name"][:90], f"{each['seconds']:.4f}", f"{each['calls']:.0f}") for each in figures["dearest"]]
     head = "dearest kernels"
-    waits = [(place, f"{each:.1f}") for place, each in figures["waits"].items()]
+    waits = [(place, f"{each:.1f}", "") for place, each in figures["waits"].items()]
+    calls = figures["waiting_calls"].items()
+    waits += [(name, f"{each['calls']:.1f}", f"{each['seconds']:.4f}") for name, each in calls]
     tables = [
         columns(["", "s a step", "share"], kinds),
         columns([head, "s a step", "calls"], dearest),
-        columns(["where the host waits for the device", "times a step"], waits or [("nowhere", "")]),
+        columns(["where the host waits for the device", "times a step", "s a step"], waits or [("nowhere", "", "")]),
     ]
     if "launchers" in figures:
         head = ["launched by", "shapes", "kind", "s a step", "calls"]
