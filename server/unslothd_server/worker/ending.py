@@ -17,6 +17,7 @@ import grpc
 from unslothd_server.worker.exit_record import exit_now
 from unslothd_server.worker.holder import ModelHolder
 from unslothd_server.worker.layout import BundleLayout
+from unslothd_server.worker.training_run import TrainingRun
 
 EXIT_ORPHANED = 3
 
@@ -58,10 +59,9 @@ class Ending:
                 return
             self._begun = True
         _log.info("ending: %s", reason)
-        Thread(target=self._end, args=(reason,), name="ending", daemon=True).start()
+        Thread(target=self._end, args=(reason, run), name="ending", daemon=True).start()
 
-    def _end(self, reason: str) -> None:
-        run = self._holder.active_run()
+    def _end(self, reason: str, run: TrainingRun | None) -> None:
         if run is not None:
             run.wait_over()
         self._server.stop(_LAST_ANSWER_S if run is None else _LAST_EVENTS_S).wait()
