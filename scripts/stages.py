@@ -62,7 +62,6 @@ def test() -> dict[str, tuple[list[str], Path]]:
     """Stages that run code: name → command and folder. Names start with "test", their outcomes are counted."""
     pytest = [PYTHON, "-m", "pytest"]
     by_file = [*pytest, "-n", "2", "--dist", "loadfile"]
-    by_language = [*pytest, "-n", "2", "--dist", "loadgroup"]
     typescript = ROOT / "clients" / "typescript"
     # Real servers with scripted workers: they wait more than they compute.
     scripted = [f"tests/integration/{name}" for name in ("server", "worker", "mcp", "test_demo_pieces.py")]
@@ -77,7 +76,7 @@ def test() -> dict[str, tuple[list[str], Path]]:
         "test chaos": ([*pytest, "tests/chaos"], ROOT),
         # Without the Rust client, whose build takes a minute that CI does not have: pytest tests/conformance runs it.
         "test conformance": (
-            [*by_language, "tests/conformance", "--ignore=tests/conformance/test_another_language.py"],
+            [*pytest, "-n", "2", "tests/conformance", "--ignore=tests/conformance/test_another_language.py"],
             ROOT,
         ),
     }

@@ -1,4 +1,4 @@
-"""The server of all cases, the adapters, built once, and the table of what passed."""
+"""The servers of all cases, and the table of what passed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,12 +30,6 @@ def secure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureSe
     with SecureServer(tmp_path_factory.mktemp("secure")) as running:
         a_model(running, "tiny", token_seconds=0.01)
         yield running
-
-
-@pytest.fixture(scope="session")
-def built() -> set[str]:
-    """Names of the languages whose adapters are built."""
-    return set()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,14 +1,17 @@
 """The adapters: how each language's is built and started. To add one: README.md."""
 
+import fcntl
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_SECONDS = 600
+_TOOLS = ROOT / ".tools"
+# Of all processes that pytest-xdist runs the tests in, or of the only one.
+_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"process {os.getpid()}")
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,25 @@ class Language:
     folder: Path
 
     def built(self) -> None:
-        """Builds it; raises what the compiler says."""
-        if self.build:
+        """Builds it unless this run of the tests did: nobody may use it meanwhile. Raises what the compiler says."""
+        if not self.build:
+            return
+        _TOOLS.mkdir(exist_ok=True)
+        with (_TOOLS / f"conformance-{self.folder.name}.built").open("a+") as built:
+            fcntl.flock(built, fcntl.LOCK_EX)
+            built.seek(0)
+            if built.read() == _RUN:
+                return
             done = subprocess.run(
                 self.build, check=False, cwd=self.folder, capture_output=True, text=True, timeout=BUILD_SECONDS
             )
             if done.returncode:
                 raise RuntimeError(f"{' '.join(self.build)} failed:\n{done.stdout}{done.stderr}")
+            built.truncate(0)
+            built.write(_RUN)
 
 
-GO_ADAPTER = ROOT / ".tools" / "conformance-go"
+GO_ADAPTER = _TOOLS / "conformance-go"
 LANGUAGES = {
     "python": Language((), (sys.executable, "tests/conformance/adapter.py"), ROOT),
     "go": Language(
@@ -45,5 +57,3 @@ LANGUAGES = {
         ("npx", "--no-install", "tsc"), ("node", "dist/conformance/adapter.js"), ROOT / "clients" / "typescript"
     ),
 }
-# For tests in several processes: those of one language run in the same one, which builds its adapter once.
-EACH_LANGUAGE = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in LANGUAGES]

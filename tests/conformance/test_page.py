@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance.languages import EACH_LANGUAGE, LANGUAGES, ROOT
+from conformance.languages import LANGUAGES, ROOT
 from conformance.programs import SECONDS, run_go, run_python, run_typescript
 from doubles.fake_worker import fake_row
 from support.calls import prepared_model
@@ -42,14 +42,11 @@ def test_every_block_is_run_or_says_why_it_is_not():
     assert len([each for each in blocks(PAGE) if each.not_run]) == 1
 
 
-@pytest.mark.parametrize("language", EACH_LANGUAGE)
-def test_the_blocks_of_a_language_run(
-    language: str, server: RunningServer, secure_server: SecureServer, built: set[str], folder: Path
-):
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_blocks_of_a_language_run(language: str, server: RunningServer, secure_server: SecureServer, folder: Path):
     fence, runs = RUNNERS[language]
-    if language == "typescript" and language not in built:
+    if language == "typescript":
         LANGUAGES[language].built()
-        built.add(language)
     (server.model_root / "rows.jsonl").write_text(fake_row(steps=2))
     names = {"127.0.0.1:50051": server.target, "gpu-host:50051": secure_server.target, "my-model": "tiny"}
     printed = runs(to_run(PAGE, fence), folder, names)
