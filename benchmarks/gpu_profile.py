@@ -44,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--warm-up", type=int, default=6, help="steps before the profile")
     options.add_argument("--steps", type=int, default=5, help="steps of the profile")
     options.add_argument("--operators", action="store_true", help="tell which operators launch the dearest kernels")
-    at_once = "tell each step before the next is launched (not of the arm unsloth, which does nothing else)"
-    options.add_argument("--at-once", action="store_true", help=at_once)
+    told = "tell each step before the next is launched (not of the arm unsloth, which does nothing else)"
+    options.add_argument("--at-once", action="store_true", help=told)
     options.add_argument("--save", type=Path, help="folder for the table and the figures")
     return options
 
