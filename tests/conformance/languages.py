@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_SECONDS = 600
 _TOOLS = ROOT / ".tools"
-# Of all processes that pytest-xdist runs the tests in, or of the only one.
+# This run of the tests: the same for all processes that pytest-xdist shares it among.
 _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"process {os.getpid()}")
 
 
@@ -29,7 +29,7 @@ class Language:
     folder: Path
 
     def built(self) -> None:
-        """Builds it unless this run of the tests did: nobody may use it meanwhile. Raises what the compiler says."""
+        """Builds it once in a run of the tests; other processes of the run wait. Raises what the compiler says."""
         if not self.build:
             return
         _TOOLS.mkdir(exist_ok=True)

@@ -36,7 +36,10 @@ def rows() -> list[Row]:
 
 @pytest.fixture
 def train(base: Path, tmp_path: Path, rows: list[Row]) -> Callable[[str, OnEvent], Run]:
+    """Trains with the defaults, in a folder of that name, a model that is the same every time."""
+
     def run(name: str, on_event: OnEvent) -> Run:
+        (tmp_path / name).mkdir()
         loaded = engine_runs.load(base, tmp_path / name, load_in_4bit=False, max_seq_length=MAX_SEQ_LENGTH)
         loaded.prepare(checkpointing=True)
         done = loaded.train(rows, TUNED, on_event=on_event)

@@ -56,7 +56,7 @@ def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks, *, c
 
     Args:
         base: The class.
-        clock: Is stopped while the trainer evaluates or saves.
+        clock: Is told when steps end, and stopped while the trainer evaluates or saves.
         hooks: What it calls.
         cuts_batches: Its batches are whole optimizer steps, which `passes` cuts.
     """
@@ -73,6 +73,8 @@ def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks, *, c
         passes: StepPasses  # set once the trainer is built
         _untold: _Untold | None = None
         _flops_per_token: int | None = None
+        # Since the last log: a number, or a tensor where the tokens are.
+        _uncounted_tokens: Any = 0
 
         def train(self, *args: Any, **kwargs: Any) -> Any:
             """Trains; whatever ends it, the last step that was done is told."""
@@ -136,14 +138,14 @@ def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks, *, c
             return self._flops_per_token * tokens
 
         def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-            """Counts tokens on the device; Transformers waits for the device in every pass to read the number."""
+            """Counts tokens where they are; Transformers waits for the device in every pass to read the number."""
             mask = inputs.get("attention_mask")
             # Without a mask the batch is flattened, and no token of it is padding.
             tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
-            self._uncounted_tokens = getattr(self, "_uncounted_tokens", 0) + tokens
+            self._uncounted_tokens += tokens
 
         def _count_tokens(self) -> None:
-            self.state.num_input_tokens_seen += int(getattr(self, "_uncounted_tokens", 0))
+            self.state.num_input_tokens_seen += int(self._uncounted_tokens)
             self._uncounted_tokens = 0
 
         def _maybe_log_save_evaluate(
@@ -153,7 +155,7 @@ def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks, *, c
             if not self.control.should_log or self.state.global_step <= self._globalstep_last_logged:
                 super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, learning_rate=learning_rate)
                 return
-            figures = Reading([tr_loss, grad_norm, getattr(self, "_uncounted_tokens", 0)])
+            figures = Reading([tr_loss, grad_norm, self._uncounted_tokens])
             # Transformers empties this sum by subtracting it from itself; a loss that is no number would stay in it.
             tr_loss.zero_()
             self._uncounted_tokens = 0

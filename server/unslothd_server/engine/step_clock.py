@@ -8,7 +8,7 @@ from unslothd_server.engine.transfers import Moment
 
 
 class StepClock:
-    """A stop watch that starts with a step and stands still meanwhile.
+    """A stop watch that starts with the first step and stands still while the trainer evaluates or saves.
 
     Args:
         now: Source of seconds.
