@@ -14,6 +14,9 @@ from unslothd_server.engine.transfers import Reading, sent
 from unslothd_server.engine.untouched import random_state_kept
 from unslothd_server.errors import ExhaustedError
 
+# Unsloth sends these numbers itself and needs them on the host too: it would wait for the device to have them back.
+READ_BY_HOST = frozenset({"packed_seq_lengths"})
+
 
 @dataclass(frozen=True)
 class TrainerHooks:
@@ -51,14 +54,13 @@ class _Untold:
     learning_rate: float | None
 
 
-def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks, *, cuts_batches: bool) -> Any:
+def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks) -> Any:
     """Returns a subclass of `base`, Unsloth's SFTTrainer, which is known only once Unsloth is imported.
 
     Args:
         base: The class.
         clock: Is told when steps end, and stopped while the trainer evaluates or saves.
         hooks: What it calls.
-        cuts_batches: Its batches are whole optimizer steps, which `passes` cuts.
     """
     import torch
 
@@ -89,9 +91,7 @@ def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks, *, c
                 clock.stop()
 
         def get_train_dataloader(self) -> Any:
-            """Batches that are cut stay on the host until then: whoever looks at the device waits for it."""
-            if not cuts_batches:
-                return super().get_train_dataloader()
+            """Batches stay on the host until their pass: to send or to cut them earlier is to wait for the device."""
             placement, self.accelerator.device_placement = self.accelerator.device_placement, False
             try:
                 return super().get_train_dataloader()
@@ -101,8 +101,6 @@ def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks, *, c
         def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
             """The inputs of the next optimizer step, and how many tokens of them are learnt."""
             self.passes.begin_step()
-            if not cuts_batches:
-                return super().get_batch_samples(epoch_iterator, num_batches, device)
             samples, learnt = super().get_batch_samples(epoch_iterator, num_batches, torch.device("cpu"))
             return samples, sent(learnt, device) if isinstance(learnt, torch.Tensor) else learnt
 
@@ -123,7 +121,7 @@ def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks, *, c
             """Sends a pass to the device; Transformers waits for it with every tensor."""
             device = self.args.device
             return {
-                name: sent(value, device) if isinstance(value, torch.Tensor) else value
+                name: sent(value, device) if isinstance(value, torch.Tensor) and name not in READ_BY_HOST else value
                 for name, value in inputs.items()
             }
 

@@ -54,7 +54,7 @@ def build_trainer(
     arguments.eval_on_start = evaluate_first and eval_rows is not None
     for rows in (train_rows, eval_rows):
         _say_cut(rows, loaded.max_seq_length)
-    trainer = service_trainer_class(SFTTrainer, clock, hooks, cuts_batches=tuned)(
+    trainer = service_trainer_class(SFTTrainer, clock, hooks)(
         model=loaded.model,
         args=arguments,
         train_dataset=train_rows,
