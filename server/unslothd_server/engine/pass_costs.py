@@ -7,7 +7,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
-from unslothd_server.engine import environment, readback
+from unslothd_server.engine import attention_lengths, environment, readback
 from unslothd_server.engine.durable_files import write_text
 from unslothd_server.engine.micro_batching import PassCost, StepSizes
 from unslothd_server.engine.model_loading import LoadedModel
@@ -31,7 +31,8 @@ def file_of(loaded: LoadedModel, sizes: StepSizes, *, packing: bool) -> Path | N
     facts = (
         *(VERSION, model.model_name, model.total_params, model.trainable_params, model.dtype, model.load_in_4bit),
         *(model.lora.SerializeToString(deterministic=True).hex(), readback.device_title(loaded.model)),
-        *(sizes.longest, sizes.sequences, packing, sorted(environment.versions().items())),
+        *(sizes.longest, sizes.sequences, packing, attention_lengths.are_kept()),
+        *sorted(environment.versions().items()),
     )
     return loaded.cache_dir / "passes" / f"{sha256(repr(facts).encode()).hexdigest()[:32]}.json"
 

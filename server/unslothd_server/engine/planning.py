@@ -14,6 +14,7 @@ from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingPlan
 from unslothd.worker.v1.worker_service_pb2 import PlanTrainingRequest, StartTrainingRequest
 from unslothd_server.engine import honesty, readback, reports
+from unslothd_server.engine.attention_lengths import of_one_length_kept
 from unslothd_server.engine.layouts import NO_PREFERENCE_METHOD
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.parameters import count_parameters
@@ -64,6 +65,7 @@ def plan_training(loaded: LoadedModel, request: PlanTrainingRequest, cancelled: 
     with (
         random_state_kept(),
         model_kept(loaded.model),
+        of_one_length_kept(rows, packing=request.training.config.packing),
         _ready_trainer(loaded, request.training, rows, check) as trainer,
     ):
         if request.training.config.micro_batching == MICRO_BATCHING_TUNED:

@@ -19,6 +19,7 @@ from unslothd.v1.training_event_pb2 import (
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, TrainingMetrics
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
 from unslothd_server.engine import checkpoints, environment, honesty, pass_tuning, readback, reports
+from unslothd_server.engine.attention_lengths import of_one_length_kept
 from unslothd_server.engine.callbacks import Emit, EventCallback
 from unslothd_server.engine.checkpoint_saver import GO_ON, CheckpointSaver
 from unslothd_server.engine.curves import Curves
@@ -89,7 +90,10 @@ class TrainingRun:
             )
             self._rows = rows
             checkpoints.remove_after(self._output_dir, self._first_step - 1)
-            with closing(self._curves()) as curves:
+            with (
+                of_one_length_kept(rows, packing=self._request.config.packing),
+                closing(self._curves()) as curves,
+            ):
                 events = EventCallback(
                     self._emit,
                     self._stop,
