@@ -52,6 +52,16 @@ format: $(READY) $(GENERATE_READY) toolchain ## lay out Python, Go and protos th
 	@.venv-generate/bin/buf format --write --path protos/unslothd
 	@cd clients/go && go fmt ./...
 
+# Python of a GPU host that has the packages already: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON := .venv/bin/python
+GPU_TESTS_AT_ONCE := 4
+.PHONY: test-gpu
+test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),$(READY)) ## every test that needs a GPU, on one with 80 GB: most side by side, those of its whole memory alone
+	@failed=0; \
+	$(GPU_PYTHON) -m pytest -m "gpu and not whole_gpu" -n $(GPU_TESTS_AT_ONCE) tests/gpu || failed=1; \
+	$(GPU_PYTHON) -m pytest -m "gpu and whole_gpu" tests/gpu || failed=1; \
+	exit $$failed
+
 .PHONY: demo
 demo: $(READY) ## fine-tune a real model on this machine, watched live
 	@.venv/bin/python examples/demo.py

@@ -16,7 +16,7 @@ from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_pb2 import TrainingConfig
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
+pytestmark = [pytest.mark.gpu, pytest.mark.whole_gpu, pytest.mark.timeout(540)]
 
 STEPS = 20
 MAX_SEQ_LENGTH = 1024

@@ -10,7 +10,7 @@ from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
 from unslothd.v1.model_pb2 import LoadProgress
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.gpu, pytest.mark.whole_gpu, pytest.mark.timeout(600)]
 
 IMPORT_SECONDS = 300
 # Of torch, with the libraries that `import unsloth` loads into it: 727 MiB on an H100.
