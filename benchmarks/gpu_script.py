@@ -25,9 +25,8 @@ if JOB["arm"] == "unsloth":
     import unsloth  # first: it patches what follows
 import torch
 from _kernels import KernelLook
-from datasets import load_dataset
+from _script_trainer import script_trainer
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -102,32 +101,8 @@ def block(model: Any, tokenizer: Any, rows: str, steps: int) -> dict[str, Any]:
     look = KernelLook(*JOB["profile"]) if "profile" in JOB else None
     times = Times(look)
     torch.cuda.reset_peak_memory_stats()
-    trainer = SFTTrainer(
-        model=model,
-        processing_class=tokenizer,
-        train_dataset=load_dataset("json", data_files=rows, split="train"),
-        callbacks=[times],
-        args=SFTConfig(
-            output_dir="script-output",
-            max_length=JOB["max_seq_length"],
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=4,
-            max_steps=steps,
-            warmup_steps=2,
-            learning_rate=2e-4,
-            lr_scheduler_type="constant_with_warmup",
-            weight_decay=0.01,
-            optim="adamw_8bit",
-            seed=42,
-            data_seed=42,
-            bf16=True,
-            gradient_checkpointing=True,
-            include_num_input_tokens_seen="non_padding",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-        ),
-    )
+    length = JOB["max_seq_length"]
+    trainer = script_trainer(model, tokenizer, rows, max_seq_length=length, steps=steps, callbacks=[times])
     trainer.train()
     peak = torch.cuda.max_memory_reserved()
     del trainer
