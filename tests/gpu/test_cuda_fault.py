@@ -7,7 +7,7 @@ import pytest
 
 from doubles import cuda_fault_server
 from support.calls import load, prepare, train
-from support.gpu_models import make_model
+from support.gpu_models import RandomModels
 from support.running_server import RunningServer
 from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.training_pb2 import TrainingConfig
@@ -18,9 +18,9 @@ STEPS = 6
 CONFIG = TrainingConfig(max_steps=STEPS, save_steps=2, warmup_steps=0, batch_size=2, gradient_accumulation_steps=2)
 
 
-def test_a_training_survives_a_broken_cuda_context(tmp_path: Path):
+def test_a_training_survives_a_broken_cuda_context(tmp_path: Path, random_models: RandomModels):
     with RunningServer(tmp_path, program=Path(cuda_fault_server.__file__)) as server:
-        make_model(server.model_root / "llama-1b")
+        random_models.put(server.model_root / "llama-1b")
         rows = [json.dumps({"text": f"{number} is a number. " * 40}) for number in range(4 * STEPS)]
         (server.model_root / "rows.jsonl").write_text("\n".join(rows))
         stub = server.stub()

@@ -13,7 +13,7 @@ import pytest
 
 from support import engine_runs
 from support.engine_runs import Loaded
-from support.gpu_models import make_model
+from support.gpu_models import RandomModels
 from unslothd.v1.artifact_pb2 import ExportFormat
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd.worker.v1.worker_service_pb2 import ExportModelRequest
@@ -46,9 +46,9 @@ print(json.dumps({"logits": logits.tolist(), "is_4bit": "Linear4bit" in kinds, "
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, random_models: RandomModels) -> Path:
     folder = tmp_path_factory.mktemp("models") / "llama-1b"
-    make_model(folder)
+    random_models.put(folder)
     return folder
 
 

@@ -16,7 +16,7 @@ from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd.v1.training_pb2 import TrainingConfig
 
-pytestmark = [pytest.mark.gpu, pytest.mark.whole_gpu, pytest.mark.timeout(540)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 
 STEPS = 20
 MAX_SEQ_LENGTH = 1024
@@ -38,6 +38,7 @@ def write_rows(file: Path, count: int, words: int) -> None:
     file.write_text("\n".join(lines))
 
 
+@pytest.mark.whole_gpu
 def test_a_1b_llama_in_4_bit_trains_20_steps_and_gives_all_memory_back(server: RunningServer, stub: UnslothServiceStub):
     write_rows(server.model_root / "rows.jsonl", count=8 * STEPS, words=2 * MAX_SEQ_LENGTH)
     before = device_bytes()

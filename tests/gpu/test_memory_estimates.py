@@ -8,7 +8,7 @@ import pytest
 
 from support import engine_runs
 from support.engine_runs import Loaded, Row
-from support.gpu_models import make_model
+from support.gpu_models import RandomModels
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd_server.engine.unsloth_engine import UnslothEngine
 
@@ -21,12 +21,12 @@ APART = 0.1
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+def made(tmp_path_factory: pytest.TempPathFactory, random_models: RandomModels) -> Iterator[Callable[[str], Path]]:
     folder = tmp_path_factory.mktemp("models")
 
     def make(shape: str) -> Path:
         if not (folder / shape).exists():
-            make_model(folder / shape, shape)
+            random_models.put(folder / shape, shape)
         return folder / shape
 
     with pytest.MonkeyPatch.context() as patch:
