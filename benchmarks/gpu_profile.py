@@ -2,7 +2,8 @@
 
 The engine in this process, or the plain Unsloth script of gpu.py, trains under torch's profiler for a few steps after
 warm-up. Steps are a little longer while it looks on. Beside them: the rate of one large bfloat16 product alone on this
-card, which is what matrix products could reach.
+card, which is what matrix products could reach. Of the engine, how much memory torch held after forward passes of each
+shape: recorded passes keep theirs (--mixed).
 
     python benchmarks/gpu_profile.py --shape llama-3.1-8b --load-in-4bit
     python benchmarks/gpu_profile.py --shape llama-3.2-1b --arm unsloth
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from _common import HERE, Figures, columns, environment, options_parser, run, say
 from _kernels import KernelLook, product_tflops
@@ -29,6 +31,9 @@ from unslothd_server.worker.ports import StopSignal
 
 ARMS = ("tuned", "fixed", "unsloth")
 ARM_SECONDS = 900
+GIB = 1024**3
+# Joined passes of mixed rows come in any; recorded ones in four at most.
+SHAPES = 8
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,13 +93,41 @@ def _engine(model: Path, rows: Path, folder: Path, options: argparse.Namespace) 
         if event.HasField("step") and look.step_done(event.step.step):
             stop.requested.set()
 
+    held = MemoryByShape()
+    loaded.torch_model.register_forward_pre_hook(held.before, with_kwargs=True)
+    loaded.torch_model.register_forward_hook(held.after)
     run_of_steps = loaded.train(rows, config, on_event=on_event)
     passes = run_of_steps.plan.passes
     kind = f"{passes.max_tokens} tokens, {'joined' if passes.joined else 'padded'}"
     return look.figures() | {
         "passes": kind if passes.max_tokens else "2 rows",
         "checkpointing": run_of_steps.plan.config.use_gradient_checkpointing,
+        "memory_by_shape": held.by_shape,
     }
+
+
+class MemoryByShape:
+    """What torch holds of the GPU after the forward pass of each shape, in the order in which they came.
+
+    Args:
+        by_shape: For rows and columns: passes, and bytes after the first and after the last of them.
+    """
+
+    def __init__(self) -> None:
+        self.by_shape: dict[str, dict[str, int]] = {}
+        self._shape = ""
+
+    def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Takes the shape of a pass."""
+        self._shape = " x ".join(map(str, kwargs["input_ids"].shape))
+
+    def after(self, *_: Any) -> None:
+        """Notes what is held now."""
+        import torch
+
+        held = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+        figures = self.by_shape.setdefault(self._shape, {"passes": 0, "first_bytes": held})
+        figures |= {"passes": figures["passes"] + 1, "last_bytes": held}
 
 
 def _script(model: Path, rows: Path, folder: Path, options: argparse.Namespace) -> Figures:
@@ -140,6 +173,12 @@ def table(figures: Figures) -> str:
         columns([head, "s a step", "calls"], dearest),
         columns(["where the host waits for the device", "times a step", "s a step"], waits or [("nowhere", "", "")]),
     ]
+    if shapes := figures.get("memory_by_shape"):
+        rows = [
+            (shape, each["passes"], f"{each['first_bytes'] / GIB:.2f}", f"{each['last_bytes'] / GIB:.2f}")
+            for shape, each in list(shapes.items())[:SHAPES]
+        ]
+        tables.append(columns(["shape of a pass, as they came", "passes", "GiB after the first", "the last"], rows))
     if "launchers" in figures:
         head = ["launched by", "shapes", "kind", "s a step", "calls"]
         keys = ("operators", "shapes", "kind")
