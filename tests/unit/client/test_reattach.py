@@ -7,10 +7,11 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 
 import unslothd
 from support.scripted_server import Say
@@ -360,12 +361,12 @@ def test_a_run_that_is_left_says_so_when_its_result_is_asked_for(server, say):
 def test_a_run_that_is_closed_from_another_thread_ends(server, say):
     two_read, left = threading.Event(), threading.Event()
 
-    def hold(_request: object, context: grpc.ServicerContext) -> None:
-        if not context.add_callback(left.set):  # left before it came to this
-            left.set()
+    def hold(request: Message, context: grpc.ServicerContext) -> Iterator[Message]:
+        context.add_callback(left.set)  # first of all: nobody goes on with events for a client that left
+        yield from say.events(1, 2)(request, context)
         left.wait(20)
 
-    server.script.on("Train", say.events(1, 2, then=hold))
+    server.script.on("Train", hold)
     seen: list[int] = []
 
     def read(run: unslothd.TrainingRun) -> None:
