@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -108,6 +109,26 @@ def spread(values: Sequence[float], digits: int = 2) -> Figures:
     figures = {"median": statistics.median(values), "max": max(values)}
     figures |= {f"p{percent}": percentile(values, percent) for percent in (95, 99)}
     return {name: round(value, digits) for name, value in figures.items()}
+
+
+def longer(ones: Sequence[float], others: Sequence[float]) -> Figures:
+    """By what share the ones are longer than the others, pair by pair: the mean, and where 95 % of such means lie.
+
+    Args:
+        ones: Seconds.
+        others: Seconds, as many.
+    """
+    ratios = [math.log(one / other) for one, other in zip(ones, others, strict=True)]
+    mean = statistics.mean(ratios)
+    around = 1.96 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.inf
+    ends = {"mean": mean, "low": mean - around, "high": mean + around}
+    return {name: round(math.expm1(value), 4) for name, value in ends.items()}
+
+
+def longer_line(what: str, found: Figures) -> str:
+    """Such a share for people."""
+    low, mean, high = (100 * found[end] for end in ("low", "mean", "high"))
+    return f"{what}: {mean:+.2f} % (95 %: {low:+.2f} to {high:+.2f})"
 
 
 def columns(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -10,7 +10,6 @@ step of a turn does not count. What a worker costs beside its engine, events on 
 
 import argparse
 import itertools
-import math
 import os
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _common import Figures, columns, options_parser, run, say
+from _common import Figures, columns, longer, longer_line, options_parser, run, say
 from _gpu_arms import training_config
 from _made import random_model, write_rows
 from _script_trainer import script_trainer
@@ -143,8 +142,8 @@ def measure(options: argparse.Namespace) -> Figures:
             os.chdir(before)
     return {
         "arms": {arm: _summary(turns, arm) for arm in ARMS},
-        "engine_to_script": _longer(turns.seconds),
-        "engine_to_script_cpu": _longer(turns.cpu_seconds),
+        "engine_to_script": _engine_to_script(turns.seconds),
+        "engine_to_script_cpu": _engine_to_script(turns.cpu_seconds),
     }
 
 
@@ -244,16 +243,11 @@ def _summary(turns: Turns, arm: str) -> Figures:
     }
 
 
-def _longer(seconds: dict[str, list[float]]) -> Figures:
-    """By what share a step of the engine is longer: mean of rounds, and where 95 % of means lie."""
+def _engine_to_script(seconds: dict[str, list[float]]) -> Figures:
     script, engine = (seconds[arm] for arm in ARMS)
     # Each turn of the engine lies between two of the script: what changes slowly on the machine is in both.
     between = [(one + other) / 2 for one, other in itertools.pairwise(script)]
-    ratios = [math.log(mine / theirs) for mine, theirs in zip(engine, between or script, strict=False)]
-    mean = statistics.mean(ratios)
-    around = 1.96 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.inf
-    ends = {"mean": mean, "low": mean - around, "high": mean + around}
-    return {name: round(math.expm1(value), 4) for name, value in ends.items()}
+    return longer(engine[: len(between)], between) if between else longer(engine, script)
 
 
 def table(figures: Figures) -> str:
@@ -262,8 +256,7 @@ def table(figures: Figures) -> str:
     keys = ("steps", "mean_seconds", "median_seconds", "cpu_seconds")
     lines = [columns(head, [[arm, *(each[key] for key in keys)] for arm, each in figures["arms"].items()])]
     for key, what in {"engine_to_script": "a step", "engine_to_script_cpu": "the CPU time of a step"}.items():
-        low, mean, high = (100 * figures[key][end] for end in ("low", "mean", "high"))
-        lines.append(f"{what} of the engine to the script's: {mean:+.2f} % (95 %: {low:+.2f} to {high:+.2f})")
+        lines.append(longer_line(f"{what} of the engine to the script's", figures[key]))
     return "\n".join(lines)
 
 

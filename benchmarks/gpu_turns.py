@@ -10,7 +10,6 @@ a turn does not count. Needs a GPU.
 
 import argparse
 import itertools
-import math
 import os
 import random
 import signal
@@ -24,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from _common import Figures, columns, options_parser, run, say
+from _common import Figures, columns, longer, longer_line, options_parser, run, say
 from _gpu_arms import ARM_SECONDS, MAX_SEQ_LENGTH, Case, Script, training_config
 from _made import random_model, write_rows
 
@@ -135,9 +134,9 @@ def measure(options: argparse.Namespace) -> Figures:
     scripts, services = ([each for each in runners if each.kind == kind] for kind in ("script", "unslothd"))
     return {
         "processes": [_figures(runner) for runner in runners],
-        "unslothd_to_script": _longer(services, scripts),
+        "unslothd_to_script": longer(_means(services), _means(scripts)),
         # What processes of one kind differ by.
-        "script_to_script": _longer(scripts[1::2], scripts[::2]) if len(scripts) > 1 else None,
+        "script_to_script": longer(_means(scripts[1::2]), _means(scripts[::2])) if len(scripts) > 1 else None,
     }
 
 
@@ -195,15 +194,6 @@ def _figures(runner: Runner) -> Figures:
     }
 
 
-def _longer(ones: list[Runner], others: list[Runner]) -> Figures:
-    """By what share a step of the ones is longer than of the others: mean of rounds, and where 95 % of means lie."""
-    ratios = [math.log(a / b) for a, b in zip(_means(ones), _means(others), strict=True)]
-    mean = statistics.mean(ratios)
-    around = 1.96 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.inf
-    ends = {"mean": mean, "low": mean - around, "high": mean + around}
-    return {name: round(math.expm1(value), 4) for name, value in ends.items()}
-
-
 def _means(runners: list[Runner]) -> list[float]:
     """Seconds of a step in each round, over all of them."""
     rounds = zip(*(runner.seconds for runner in runners), strict=True)
@@ -218,8 +208,7 @@ def table(figures: Figures) -> str:
     pairs = {"unslothd_to_script": "unslothd to the script", "script_to_script": "one script to another"}
     for key, what in pairs.items():
         if found := figures[key]:
-            low, high = 100 * found["low"], 100 * found["high"]
-            lines.append(f"a step of {what}: {100 * found['mean']:+.2f} % (95 %: {low:+.2f} to {high:+.2f})")
+            lines.append(longer_line(f"a step of {what}", found))
     return "\n".join(lines)
 
 
