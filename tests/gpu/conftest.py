@@ -4,12 +4,25 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import pynvml
 import pytest
 
 from support.gpu_models import RandomModels
 from support.running_server import RunningServer
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 from unslothd_server.engine.unsloth_engine import UnslothEngine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu() -> None:
+    """Without one, every test would end in a trace of its own."""
+    try:
+        pynvml.nvmlInit()
+        found = pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError:
+        found = 0
+    if not found:
+        pytest.fail("this host has no NVIDIA GPU; run `make test-gpu` on one that has", pytrace=False)
 
 
 @pytest.fixture(scope="session")
