@@ -46,7 +46,7 @@ class Turns:
     Args:
         length: Steps of a turn; the first does not count.
         rounds: Turns of each arm, after one that does not count.
-        until: No further round begins after that, by time.monotonic().
+        until: No further round begins after that, by time.monotonic(); one is always counted.
         seconds: Mean of the counted steps of each turn, by arm; the same of user and system time of the process.
     """
 
@@ -84,8 +84,8 @@ class Turns:
             self._at.clear()
             self._cpu.clear()
             other = ARMS[1 - ARMS.index(arm)]
-            enough = len(self.seconds[ARMS[1]]) >= self.rounds or time.monotonic() > self.until
-            if enough and arm == ARMS[1]:
+            counted = len(self.seconds[ARMS[1]])
+            if arm == ARMS[1] and (counted >= self.rounds or (counted and time.monotonic() > self.until)):
                 self.over = True
             self._may_train[other].release()
             if not self.over:

@@ -162,9 +162,7 @@ def test_the_figures_are_those_of_a_training_that_waits_for_every_step(train: Tr
     print(f"seconds a step: ahead {seconds[0]}, waiting {seconds[1]}")
 
 
-def test_the_engine_itself_waits_for_the_device_nowhere_in_a_step(
-    train: Train,
-):
+def test_the_engine_itself_waits_for_the_device_nowhere_in_a_step(train: Train):
     import torch
 
     def on_event(event: TrainingEvent, stop: StopSignal) -> None:
