@@ -25,6 +25,7 @@ _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _log = logging.getLogger(__name__)
 _LAST_EVENTS_S = 2.0  # for watchers to get the end of a training; an unread one is in the log
+_UNREAD_S = 0.3  # for clients to read what their streams ended with: a connection that is closed takes it along
 _LAST_ANSWER_S = 0.2  # for the answer of Shutdown; a load under way is dropped after it
 _MISSES_BEFORE_ORPHANED = 2  # one failed look may be a hiccup of a network file system
 
@@ -64,6 +65,7 @@ class Ending:
     def _end(self, reason: str, run: TrainingRun | None) -> None:
         if run is not None:
             run.wait_over()
+            Event().wait(_UNREAD_S)
         self._server.stop(_LAST_ANSWER_S if run is None else _LAST_EVENTS_S).wait()
         exit_now(self._bundle.exit_record, 0, reason)
 
