@@ -45,6 +45,18 @@ SHAPES = {
         "tie_word_embeddings": True,
         "rope_theta": 1000000.0,
     },
+    # With untied embeddings and a small vocabulary.
+    "tinyllama-1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+    },
     "llama-3.1-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,

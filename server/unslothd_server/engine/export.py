@@ -10,6 +10,7 @@ from unslothd.v1.artifact_pb2 import Artifact, ExportFormat, ExportProgress
 from unslothd.v1.error_reason_pb2 import ErrorReason
 from unslothd.worker.v1.worker_service_pb2 import ExportModelRequest
 from unslothd_server.engine import gguf_export, hub
+from unslothd_server.engine.devices import on_gpu
 from unslothd_server.engine.disk_faults import disk_fault
 from unslothd_server.engine.export_weights import merged_weights
 from unslothd_server.engine.export_writer import write_model
@@ -114,7 +115,7 @@ def _require_adapter(model: Any) -> None:
 
 
 def _require_gpu(model: Any) -> None:
-    if next(model.parameters()).device.type != "cuda":
+    if not on_gpu(model):
         raise export_unsupported(
             "4-bit weights are written where the model is on a GPU, and this one is on the CPU. "
             "Export it as MERGED_16BIT and quantise that when you load it."

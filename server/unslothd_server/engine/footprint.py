@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unslothd_server.engine import readback
+from unslothd_server.engine.devices import on_gpu
 from unslothd_server.engine.memory import memory_bytes
 from unslothd_server.engine.readback import real_optimizer, uses_checkpointing
 
@@ -54,7 +55,7 @@ def footprint(trainer: Any) -> Footprint:
     name = real_optimizer(trainer.optimizer, str(getattr(trainer.args.optim, "value", trainer.args.optim)))
     states = sum(parameter.numel() for parameter in changing) * _state_bytes(name)
     checkpointing = uses_checkpointing(model)
-    offloads = checkpointing and _on_gpu(model) and offloads_inputs()
+    offloads = checkpointing and on_gpu(model) and offloads_inputs()
     return Footprint(
         held=_held_bytes(model),
         states=states,
@@ -71,7 +72,7 @@ def _held_bytes(model: Any) -> int:
 
     held, reserved = memory_bytes(), torch.cuda.memory_reserved()
     # Where the driver does not tell what a context takes, peaks are told without it, too.
-    if not _on_gpu(model) or held <= reserved:
+    if not on_gpu(model) or held <= reserved:
         return held
     return max(held, reserved + CONTEXT_BYTES)
 
@@ -94,7 +95,7 @@ def _activation_bytes(model: Any, *, checkpointing: bool, offloads: bool) -> int
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", 4 * hidden)
     element = 2 if readback.weights_dtype(model) in ("bfloat16", "float16") else FLOAT32_BYTES
-    if not _on_gpu(model):
+    if not on_gpu(model):
         # Inputs of the norms and of the projections, queries, keys, values, and what lies between the projections.
         layer = 8 * hidden + 4 * inner
         kept = layers * hidden + layer if checkpointing else layers * layer
@@ -112,8 +113,4 @@ def _activation_bytes(model: Any, *, checkpointing: bool, offloads: bool) -> int
 def _loss_bytes(model: Any) -> int:
     """Room for the loss of a part of the tokens at a time, whatever the pass; on a CPU it grows with the tokens."""
     config = model.config.get_text_config()
-    return round(0.75 * config.vocab_size * config.hidden_size * 2) if _on_gpu(model) else 0
-
-
-def _on_gpu(model: Any) -> bool:
-    return bool(next(model.parameters()).device.type == "cuda")
+    return round(0.75 * config.vocab_size * config.hidden_size * 2) if on_gpu(model) else 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from unslothd.v1.generation_pb2 import GenerateSummary
 from unslothd.v1.service_pb2 import GenerateRequest
+from unslothd_server.engine.devices import compute_device
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.oom import exhausted
 from unslothd_server.engine.text_stream import StopTexts, TokenText
@@ -143,7 +144,7 @@ class _Generation:
         model, request = self._loaded.model, self._request
         FastLanguageModel.for_inference(model)
         base_only = request.without_adapter and hasattr(model, "disable_adapter")
-        ids = torch.tensor([self._prompt_ids], device=next(model.parameters()).device)
+        ids = torch.tensor([self._prompt_ids], device=compute_device(model))
         with torch.random.fork_rng(), torch.no_grad(), model.disable_adapter() if base_only else nullcontext():
             if request.HasField("seed"):
                 torch.manual_seed(request.seed)

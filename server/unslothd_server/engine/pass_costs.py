@@ -7,7 +7,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
-from unslothd_server.engine import attention_lengths, environment, readback
+from unslothd_server.engine import attention_lengths, devices, environment, readback
 from unslothd_server.engine.durable_files import write_text
 from unslothd_server.engine.micro_batching import PassCost, StepSizes
 from unslothd_server.engine.model_loading import LoadedModel
@@ -30,7 +30,8 @@ def file_of(loaded: LoadedModel, sizes: StepSizes, *, packing: bool) -> Path | N
     model = readback.describe_model(loaded)
     facts = (
         *(VERSION, model.model_name, model.total_params, model.trainable_params, model.dtype, model.load_in_4bit),
-        *(model.lora.SerializeToString(deterministic=True).hex(), readback.device_title(loaded.model)),
+        *(model.lora.SerializeToString(deterministic=True).hex(), devices.device_title(loaded.model)),
+        devices.bytes_in_ram(loaded.model),
         *(sizes.longest, sizes.sequences, packing, attention_lengths.are_kept()),
         *sorted(environment.versions().items()),
     )

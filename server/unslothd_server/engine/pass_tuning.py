@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unslothd_server.engine import pass_costs, reports
+from unslothd_server.engine.devices import on_gpu
 from unslothd_server.engine.footprint import footprint
 from unslothd_server.engine.memory import device_memory_at_most, memory_bytes
 from unslothd_server.engine.micro_batching import Choice, PassCost, Split, StepSizes, Tuning, choose, passes
@@ -76,11 +77,7 @@ def tune(trainer: Any, loaded: LoadedModel, check: Callable[[], None], *, may_pr
 def may_have_recorded(trainer: Any) -> bool:
     """True when a trainer's passes are of the kind whose launches are recorded."""
     split = trainer.passes.split
-    return bool(split.tokens) and not split.joined and _on_gpu(trainer)
-
-
-def _on_gpu(trainer: Any) -> bool:
-    return bool(next(trainer.model.parameters()).device.type == "cuda")
+    return bool(split.tokens) and not split.joined and on_gpu(trainer.model)
 
 
 def forget_recorded(model: Any) -> None:
@@ -198,7 +195,9 @@ class _Probe:
     @property
     def may_pad_instead(self) -> bool:
         """Packed rows hold several sequences that only joined passes keep apart; rows of one length waste no launch."""
-        return _on_gpu(self.trainer) and self.joins and not self.trainer.args.packing and len(self.sizes.widths()) > 1
+        return (
+            on_gpu(self.trainer.model) and self.joins and not self.trainer.args.packing and len(self.sizes.widths()) > 1
+        )
 
     def cost(self, room: int, *, checkpointing: bool) -> PassCost | None:
         """Measures a pass of one row and one of as many as fit; None when not even one row fits."""

@@ -8,10 +8,12 @@ from unslothd.v1.model_pb2 import Model
 from unslothd.v1.training_event_pb2 import TrainingWarning
 from unslothd.v1.training_pb2 import MICRO_BATCHING_FIXED, MICRO_BATCHING_TUNED, TrainingConfig
 from unslothd_server.engine.adapters import attached
+from unslothd_server.engine.devices import bytes_in_ram, device_name
 from unslothd_server.engine.memory import memory_bytes
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.parameters import count_parameters
 
+GIB = 1024**3
 OPTIMIZER_NAMES = {"SGD": "sgd", "RMSprop": "rmsprop", "Adagrad": "adagrad", "Adafactor": "adafactor"}
 # Not the trainer's business, or told apart by a warning of their own.
 NOT_COMPARED = ("output_dir", "micro_batching", "optim")
@@ -29,7 +31,7 @@ def describe_model(loaded: LoadedModel) -> Model:
         dtype=weights_dtype(model),
         load_in_4bit=has_4bit_weights(model),
         device_map=loaded.device_map,
-        device=device_of(model),
+        device=device_name(model),
         total_params=counts.total,
         trainable_params=counts.trainable if loaded.prepared else 0,
         memory_bytes=memory_bytes(),
@@ -38,7 +40,7 @@ def describe_model(loaded: LoadedModel) -> Model:
     lora = attached(model) if loaded.prepared else None
     if lora is not None:
         described.lora.CopyFrom(lora)
-    described.warnings.extend([*loaded.warnings, *_model_differences(loaded.request, described)])
+    described.warnings.extend([*loaded.warnings, *_model_differences(loaded.request, described), *_in_ram(model)])
     return described
 
 
@@ -58,6 +60,17 @@ def _model_differences(request: Any, real: Model) -> list[str]:
     return found
 
 
+def _in_ram(model: Any) -> list[str]:
+    there = bytes_in_ram(model)
+    if not there:
+        return []
+    return [
+        f"{there / GIB:.1f} GiB of embeddings lie in the host's RAM, as the device has little memory left for a "
+        "training: the results are the same, and each pass sends its rows over. To have them on the device, free "
+        "memory there and load the model again, or load it with a shorter max_seq_length."
+    ]
+
+
 def weights_dtype(model: Any) -> str:
     """Compute type of the base weights, e.g. "bfloat16"; for 4-bit weights the type they are computed in."""
     for module in model.modules():
@@ -72,20 +85,6 @@ def weights_dtype(model: Any) -> str:
 def has_4bit_weights(model: Any) -> bool:
     """True when linear weights really are 4-bit."""
     return any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
-
-
-def device_of(model: Any) -> str:
-    """Device of the weights, e.g. "cuda:0" or "cpu"."""
-    device = next(model.parameters()).device
-    return f"{device.type}:{device.index or 0}" if device.type != "cpu" else "cpu"
-
-
-def device_title(model: Any) -> str:
-    """Device and product name, e.g. "cuda:0 (NVIDIA H100 80GB HBM3)"; "cpu" for the CPU."""
-    import torch
-
-    device = device_of(model)
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
 
 
 @dataclass(frozen=True)

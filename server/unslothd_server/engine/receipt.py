@@ -18,7 +18,7 @@ from unslothd import __version__
 from unslothd.v1.dataset_pb2 import DatasetSource
 from unslothd.v1.training_pb2 import TrainingConfig, TrainingMetrics
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.engine import adapters, readback
+from unslothd_server.engine import adapters, devices, readback
 from unslothd_server.engine.checkpoints import RECEIPT_NAME
 from unslothd_server.engine.durable_files import as_json, sums_of, write_text
 from unslothd_server.engine.model_loading import LoadedModel
@@ -143,7 +143,7 @@ def _versions() -> dict[str, str]:
 def _device(model: Any) -> dict[str, str]:
     import torch
 
-    device = {"name": readback.device_title(model)}
+    device = {"name": devices.device_title(model)}
     if device["name"] != "cpu":
         device["driver"] = _driver()
         device["cuda"] = str(torch.version.cuda or "")

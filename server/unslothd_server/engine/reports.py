@@ -6,6 +6,7 @@ from unslothd.v1.training_event_pb2 import TrainingWarning
 from unslothd.v1.training_pb2 import PassChoice, PassCost, TrainingConfig, TrainingMetrics, TrainingPlan
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
 from unslothd_server.engine import micro_batching
+from unslothd_server.engine.devices import compute_device
 from unslothd_server.engine.footprint import footprint
 from unslothd_server.engine.parameters import count_parameters
 from unslothd_server.engine.run_figures import RunFigures
@@ -128,7 +129,7 @@ def free_memory(model: Any) -> int:
     import psutil
     import torch
 
-    device = next(model.parameters()).device
+    device = compute_device(model)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

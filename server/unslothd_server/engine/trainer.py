@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from unslothd.v1.training_pb2 import TrainingConfig
+from unslothd_server.engine.devices import on_gpu
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.passes import PassSplit, StepPasses
 from unslothd_server.engine.readback import uses_checkpointing
@@ -142,7 +143,7 @@ def _precision(config: TrainingConfig, loaded: LoadedModel) -> dict[str, bool]:
 
     if config.HasField("fp16") or config.HasField("bf16"):
         return {"fp16": config.fp16, "bf16": config.bf16}
-    if next(loaded.model.parameters()).device.type != "cuda":
+    if not on_gpu(loaded.model):
         return {"fp16": False, "bf16": False}
     # Autocast must match the weights: Unsloth refuses bfloat16 mixed precision over float16 weights.
     dtype = loaded.model.get_input_embeddings().weight.dtype

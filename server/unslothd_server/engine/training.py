@@ -18,7 +18,7 @@ from unslothd.v1.training_event_pb2 import (
 )
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, TrainingMetrics
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.engine import checkpoints, environment, honesty, pass_tuning, readback, reports
+from unslothd_server.engine import checkpoints, devices, environment, honesty, pass_tuning, readback, reports
 from unslothd_server.engine.attention_lengths import of_one_length_kept
 from unslothd_server.engine.callbacks import Emit, EventCallback
 from unslothd_server.engine.checkpoint_saver import GO_ON, CheckpointSaver
@@ -222,7 +222,7 @@ class TrainingRun:
                 started=TrainingStarted(
                     plan=plan,
                     engine=environment.engine_name(),
-                    device=readback.device_title(self._loaded.model),
+                    device=devices.device_title(self._loaded.model),
                     resumed=self._resume is not None,
                     first_step=trainer.state.global_step + 1,
                     tensorboard_dir=str(self._tensorboard_dir),
