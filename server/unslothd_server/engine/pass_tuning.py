@@ -45,7 +45,8 @@ def tune(trainer: Any, loaded: LoadedModel, check: Callable[[], None], *, may_pr
 
     Returns:
         None where the trainer's passes cannot be split in another way, where not even one row fits, or where nothing
-        is known and nothing may be measured. Passes are then run as they are, and repaired where they do not fit.
+        is known and nothing may be measured. Passes are then run as they are, with checkpointing where nothing fits,
+        and repaired where they do not fit.
     """
     begin = time.perf_counter()
     sizes = step_sizes(trainer)
@@ -68,7 +69,9 @@ def tune(trainer: Any, loaded: LoadedModel, check: Callable[[], None], *, may_pr
     if probe.has_recorded and (choice is None or choice.split.joined):
         forget_recorded(trainer.model)
     if choice is None:
-        set_checkpointing(trainer.model, on=False)
+        # Small passes are the last resort, as launches cost most there.
+        set_checkpointing(trainer.model, on=True)
+        trainer.passes.split.checkpointing = True
         return None
     put_into_force(trainer, choice.split)
     return Tuning(choice, costs, held + states, remembered, time.perf_counter() - begin)
@@ -160,13 +163,24 @@ def _suffice(costs: list[PassCost], probe: "_Probe", room: int) -> bool:
 
 def _measured_kinds(probe: "_Probe", room: int) -> list[PassCost]:
     """Passes without checkpointing, and with it where memory keeps those small."""
+    kept = probe.cost(room, checkpointing=False)
+    costs = [kept] if kept else []
+    if kept is None or _recomputing_may_help(kept, probe, room):
+        recomputed = probe.cost(room, checkpointing=True)
+        costs += [recomputed] if recomputed else []
+    return costs
+
+
+def _recomputing_may_help(kept: PassCost, probe: "_Probe", room: int) -> bool:
     sizes = probe.sizes
-    costs = [probe.cost(room, checkpointing=False)]
-    choice = choose([cost for cost in costs if cost is not None], sizes, room)
-    whole = sizes.budget(sizes.sequences, joined=probe.joins)
-    if choice is None or (choice.split.tokens < whole and choice.launch_seconds > WORTH_CHECKPOINTING * choice.seconds):
-        costs.append(probe.cost(room, checkpointing=True))
-    return [cost for cost in costs if cost is not None]
+    choice = choose([kept], sizes, room)
+    if choice is None:
+        return True
+    if choice.split.tokens >= sizes.budget(sizes.sequences, joined=probe.joins):
+        return False
+    # One size of passes does not tell what of their time is launches.
+    unknown = kept.most_tokens == sizes.budget(1, joined=probe.joins)
+    return unknown or choice.launch_seconds > WORTH_CHECKPOINTING * choice.seconds
 
 
 @dataclass

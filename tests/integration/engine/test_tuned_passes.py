@@ -13,6 +13,7 @@ from unslothd.v1.model_pb2 import LoraConfig
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig
 from unslothd_server.engine import pass_tuning
+from unslothd_server.engine.readback import uses_checkpointing
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
 
 FIXED = TrainingConfig(
@@ -129,6 +130,35 @@ def test_passes_that_do_not_fit_are_not_chosen(fresh: Callable[[], Loaded], mixe
     assert run.plan.passes.max_tokens <= 300
     assert run.of("recovery") == []
     assert steps == trained(fresh(), mixed, FIXED, name="fixed")[1]
+
+
+def test_where_only_one_row_fits_larger_passes_with_checkpointing_are_measured_too(
+    fresh: Callable[[], Loaded], mixed: list[Row]
+):
+    loaded = fresh()
+    with memory(loaded, lambda loaded, ids: ids.shape[0] <= 1 or uses_checkpointing(loaded.torch_model)):
+        run, _steps = trained(loaded, mixed, TUNED)
+    assert [cost.use_gradient_checkpointing for cost in run.plan.passes.costs] == [False, True]
+    assert run.of("recovery") == []
+
+
+def test_where_no_measured_pass_fits_the_training_begins_with_checkpointing(
+    fresh: Callable[[], Loaded], mixed: list[Row]
+):
+    loaded = fresh()
+    begun: list[bool] = []
+
+    def on_event(event: TrainingEvent, stop: StopSignal) -> None:
+        if event.HasField("started"):
+            begun.append(True)
+
+    # A probe leaves a margin free, which the training may use.
+    with memory(loaded, lambda loaded, ids: bool(begun) and uses_checkpointing(loaded.torch_model)):
+        run = loaded.train(mixed, TUNED, on_event=on_event)
+    assert not run.plan.HasField("passes")
+    assert run.plan.config.use_gradient_checkpointing
+    assert run.of("recovery") == []
+    assert len(run.losses) == TUNED.max_steps
 
 
 def test_a_choice_that_stops_fitting_is_repaired_at_the_same_steps(fresh: Callable[[], Loaded], mixed: list[Row]):
