@@ -227,6 +227,7 @@ def first_steps(stub: UnslothServiceStub, model_id: str, rows: Path, config: Tra
         "peak_bytes": max(event.step.peak_memory_bytes for event in taken),
         "first_step_seconds": at[0] - begin,
         "passes": _told(started.plan.passes),
+        "checkpointing": started.plan.config.use_gradient_checkpointing,
         "config": f"{started.plan.config.batch_size} x {started.plan.config.gradient_accumulation_steps}",
         "estimate_bytes": started.plan.memory_estimate_bytes,
         "warnings": list(started.plan.warnings),

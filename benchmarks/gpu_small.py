@@ -100,6 +100,8 @@ def _training(home: Path, model: Path, rows: Path, *, load_in_4bit: bool, steps:
     return {
         "config": block["config"],
         "passes": block["passes"],
+        "checkpointing": block["checkpointing"],
+        "in_ram": any("RAM" in warning for warning in loaded.warnings),
         "estimate_gib": round(block["estimate_bytes"] / GIB, 2),
         "peak_gib": round(block["peak_bytes"] / GIB, 2),
         "step_seconds": round(statistics.median(durations), 4),
@@ -111,19 +113,22 @@ def _training(home: Path, model: Path, rows: Path, *, load_in_4bit: bool, steps:
 def _told(figures: Figures) -> str:
     if "refused" in figures:
         return f"refused: {figures['refused']}"
-    kept = "recomputed" if figures["passes"]["checkpointing"] else "kept"
-    return f"{figures['config']}, activations {kept}, {figures['tokens_per_second']} tok/s, {figures['peak_gib']} GiB"
+    return f"{_how(figures)}, {figures['tokens_per_second']} tok/s, {figures['peak_gib']} GiB"
+
+
+def _how(figures: Figures) -> str:
+    kept = "recomputed" if figures["checkpointing"] else "kept"
+    return f"{figures['config']}, activations {kept}{', embedding in RAM' if figures['in_ram'] else ''}"
 
 
 def table(figures: Figures) -> str:
     """For people."""
-    head = ["", "free GiB", "passes", "activations", "tok/s here", "told GiB", "peak GiB", "loss"]
+    head = ["", "free GiB", "passes", "tok/s here", "told GiB", "peak GiB", "loss"]
     rows = [
         [
             title,
             each["free_gib"],
-            each["config"],
-            "recomputed" if each["passes"]["checkpointing"] else "kept",
+            _how(each),
             each["tokens_per_second"],
             each["estimate_gib"],
             each["peak_gib"],

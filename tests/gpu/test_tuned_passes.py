@@ -2,6 +2,7 @@
 
 import gc
 import random
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from support import engine_runs
 from support.engine_runs import Loaded, Row, Run
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig
+from unslothd_server.engine.recorded_passes import shapes_counted
+from unslothd_server.engine.widths import MOST_WIDTHS
 from unslothd_server.worker.ports import StopSignal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
@@ -27,7 +30,34 @@ def rows_of(lengths: list[int]) -> list[Row]:
     return [{"text": " ".join(drawn.choices(WORDS, k=length))} for length in lengths]
 
 
-def trained(base: Path, folder: Path, rows: list[Row], config: TrainingConfig, *, steps: int = 0) -> Run:
+@dataclass
+class Recorded:
+    """Shapes that Unsloth counted, in each class of layers that it compiles, and whether it still records.
+
+    Args:
+        during: At the last step.
+        after: The training.
+    """
+
+    during: list[tuple[int, bool]] = field(default_factory=list)
+    after: list[tuple[int, bool]] = field(default_factory=list)
+
+
+def counted(loaded: Loaded) -> list[tuple[int, bool]]:
+    forwards = {type(module).forward for module in loaded.torch_model.modules()}
+    found = [each for each in map(shapes_counted, forwards) if each is not None]
+    return [(len(shapes), not given_up[0]) for shapes, given_up in found]
+
+
+def trained(
+    base: Path,
+    folder: Path,
+    rows: list[Row],
+    config: TrainingConfig,
+    *,
+    steps: int = 0,
+    recorded: Recorded | None = None,
+) -> Run:
     """A training of a model of its own, so that both start from the same weights; 0 steps = to its end."""
     folder.mkdir()
     loaded: Loaded = engine_runs.load(base, folder, load_in_4bit=False, max_seq_length=MAX_SEQ_LENGTH)
@@ -36,8 +66,12 @@ def trained(base: Path, folder: Path, rows: list[Row], config: TrainingConfig, *
     def end(event: TrainingEvent, stop: StopSignal) -> None:
         if steps and event.step.step == steps:
             stop.requested.set()
+            if recorded is not None:
+                recorded.during = counted(loaded)
 
     run = loaded.train(rows, config, on_event=end)
+    if recorded is not None:
+        recorded.after = counted(loaded)
     loaded.engine._loaded = None  # gives the device back before the next model comes
     return run
 
@@ -80,7 +114,8 @@ def test_tuned_passes_have_the_loss_curve_of_fixed_ones(base: Path, tmp_path: Pa
 
 def test_recorded_passes_of_a_long_training_have_the_loss_curve_of_fixed_ones(base: Path, tmp_path: Path):
     steps, drawn = 30, random.Random(0)
-    rows = rows_of([min(900, max(20, int(drawn.lognormvariate(5.2, 0.75)))) for _ in range(8 * steps)])
+    # The last step of an epoch has four rows.
+    rows = rows_of([min(900, max(20, int(drawn.lognormvariate(5.2, 0.75)))) for _ in range(8 * (steps - 10) + 4)])
     # So long that it is worth to compile layers and to record their launches; it is ended long before.
     fixed = TrainingConfig(
         max_steps=100_000,
@@ -95,10 +130,17 @@ def test_recorded_passes_of_a_long_training_have_the_loss_curve_of_fixed_ones(ba
     tuned.micro_batching = MICRO_BATCHING_TUNED
     one = trained(base, tmp_path / "fixed", rows, fixed, steps=steps)
     held = held_bytes()
-    other = trained(base, tmp_path / "tuned", rows, tuned, steps=steps)
+    recorded = Recorded()
+    other = trained(base, tmp_path / "tuned", rows, tuned, steps=steps, recorded=recorded)
     apart = max(abs(a - b) / b for a, b in zip(other.losses, one.losses, strict=True))
-    print(f"recorded: most {apart:.1e} apart; {other.plan.passes}")
+    told, taken = other.plan.memory_estimate_bytes, max(step.peak_memory_bytes for step in other.of("step"))
+    print(f"recorded: most {apart:.1e} apart; {other.plan.passes}{recorded}; {told} bytes told, {taken} taken")
     assert not other.plan.passes.joined
+    # Every width, and no other shape; the next training may record as many again.
+    assert recorded.during
+    assert all(0 < shapes <= MOST_WIDTHS and records for shapes, records in recorded.during)
+    assert set(recorded.after) == {(0, True)}
+    assert taken == pytest.approx(told, rel=0.2)
     assert other.losses == pytest.approx(one.losses, rel=RELATIVE_DIFFERENCE)
     assert [step.tokens for step in other.of("step")] == [step.tokens for step in one.of("step")]
     # What was recorded is given back with the training.

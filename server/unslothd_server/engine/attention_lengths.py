@@ -1,15 +1,15 @@
-"""Attention over rows of one length is computed as long as they are, where Unsloth would make them longer.
+"""Attention over rows of one or of few lengths is as long as they are, where Unsloth would make them longer.
 
 cuDNN makes a plan for each new length, which takes 0.17 s on an H100 by Unsloth's word. So Unsloth fills queries, keys
 and values up to the next multiple of 128, and one that is a multiple already by 128 more: 2048 tokens to 2176. That is
-right for rows of many lengths. For those of one it is copies in every layer, forward and backward, and an eighth more
-of attention.
+right for rows of many lengths. For those of one, or padded to a few widths, it is copies in every layer, forward and
+backward, and more of attention.
 """
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from unslothd_server.engine.prepared_rows import PreparedRows
 
@@ -22,15 +22,22 @@ MODULE, KEPT_AS = "unsloth.utils.attention_dispatch", "_CUDNN_LENGTH_BUCKET"
 
 @contextmanager
 def of_one_length_kept(rows: PreparedRows, *, packing: bool) -> Iterator[None]:
-    """Inside, attention is as long as the rows where all have one length; models of this process share that.
+    """Inside, attention is as long as the rows where all have one length.
 
     Args:
         rows: To train and to evaluate on.
         packing: They will be packed, and then hold sequences of many lengths.
     """
+    with kept() if not packing and _have_one_length(rows) else nullcontext():
+        yield
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Inside, attention is as long as the rows; models of this process share that."""
     module = sys.modules.get(MODULE)
     before = getattr(module, KEPT_AS, None)
-    if before is None or packing or SETTING in os.environ or not _have_one_length(rows):
+    if before is None or SETTING in os.environ:
         yield
         return
     setattr(module, KEPT_AS, 0)

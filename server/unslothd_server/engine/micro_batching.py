@@ -4,19 +4,23 @@ A pass costs what its launches cost and what its tokens cost. So few large passe
 the device and not the host is the limit, and recomputing activations pays only where memory forces small passes.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 from statistics import fmean
 
 import numpy as np
 
+from unslothd_server.engine.widths import padded_widths
+
 SAMPLED_STEPS = 32
 # Not worth more memory: a split that is faster by less.
 WORTH_MEMORY = 0.02
-# Padded rows have one of so many widths, so that there are few shapes to compile and to record.
-WIDTHS = 4
-WIDTH_MULTIPLE = 64
+# Shapes that were recorded share the memory of their passes, and each keeps a part: 16 % on an H200 (1B). With
+# checkpointing it was not measured, and all is counted.
+KEPT_WHEN_RECORDED = 0.2
 # Unsloth records CUDA graphs of a layer for so many shapes, and for none once there are more.
 MAX_SHAPES = 8
 
@@ -48,7 +52,7 @@ class PassCost:
         num_bytes: Memory beyond what is held between passes, whatever its size.
         bytes_per_token: What each token adds.
         most_tokens: Of the largest pass that was run; nothing is known of larger ones.
-        recorded: Launches are recorded (CUDA graphs), and every shape that was run keeps the memory of its pass.
+        recorded: Launches are recorded (CUDA graphs), and every shape that was run keeps memory.
     """
 
     joined: bool
@@ -72,8 +76,16 @@ class PassCost:
         """Bytes at the peak of a training that is split so; infinite where more shapes may come than are recorded."""
         if not self.recorded:
             return self.memory(split.tokens)
-        tokens = sizes.recorded_tokens(split.tokens)
-        return inf if tokens is None else self.memory(tokens)
+        # Smaller passes come in any number of rows.
+        whole = split.tokens >= sizes.budget(sizes.sequences, joined=False)
+        return self.memory_recorded(sizes) if whole else inf
+
+    def memory_recorded(self, sizes: "StepSizes") -> float:
+        """Bytes at the peak of recorded passes of whole steps: those of the widest one, and what the others keep."""
+        *others, _ = sizes.widths
+        kept = 1.0 if self.checkpointing else KEPT_WHEN_RECORDED
+        whole = self.memory(sizes.budget(sizes.sequences, joined=False))
+        return whole + kept * self.bytes_per_token * sizes.sequences * sum(others)
 
     @classmethod
     def through(
@@ -161,10 +173,10 @@ class StepSizes:
         """Tokens of the longest row."""
         return max(self.lengths)
 
-    @property
-    def width_step(self) -> int:
-        """Padded rows are as wide as a multiple of this."""
-        return _rounded_up(-(-self.longest // WIDTHS), WIDTH_MULTIPLE)
+    @cached_property
+    def widths(self) -> list[int]:
+        """Columns that padded passes may have, narrow ones first."""
+        return padded_widths(self.lengths, self.sequences)
 
     def budget(self, rows: int, *, joined: bool) -> int:
         """Tokens of a pass of so many of the longest rows."""
@@ -172,22 +184,7 @@ class StepSizes:
 
     def width(self, length: int) -> int:
         """Columns of a padded pass whose longest row has so many tokens."""
-        return _rounded_up(length, self.width_step)
-
-    def widths(self) -> list[int]:
-        """Columns that padded passes may have, narrow ones first."""
-        return sorted({self.width(length) for length in self.lengths})
-
-    def recorded_tokens(self, tokens: int) -> int | None:
-        """Tokens of all shapes that padded passes of whole steps may have together; None for smaller passes.
-
-        Those come in any number of rows, and so in more shapes than are recorded.
-
-        Args:
-            tokens: Most tokens of a pass, padding counted.
-        """
-        whole = tokens >= self.budget(self.sequences, joined=False)
-        return sum(self.sequences * width for width in self.widths()) if whole else None
+        return self.widths[bisect_left(self.widths, length)]
 
     def passes(self, tokens: int, *, joined: bool) -> int:
         """Passes of a step of the longest rows.
@@ -290,7 +287,3 @@ def _choices(costs: Sequence[PassCost], sizes: StepSizes) -> Iterator[Choice]:
 
 def _cut(lengths: Sequence[int], split: Split, sizes: StepSizes) -> list[list[int]]:
     return [[lengths[position] for position in group] for group in passes(lengths, split, sizes)]
-
-
-def _rounded_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -16,6 +16,7 @@ from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.oom import exhausted
 from unslothd_server.engine.passes import Inputs, PassSplit
 from unslothd_server.engine.probe import Peak, wait_for_device
+from unslothd_server.engine.recorded_passes import forget_recorded, may_have_recorded
 from unslothd_server.engine.sequences import Sequence, can_be_taken_apart, joined_inputs, padded_inputs, sequences_of
 from unslothd_server.engine.tokens import IGNORED_LABEL
 from unslothd_server.engine.trainer import set_checkpointing
@@ -77,22 +78,6 @@ def tune(trainer: Any, loaded: LoadedModel, check: Callable[[], None], *, may_pr
     return Tuning(choice, costs, held + states, remembered, time.perf_counter() - begin)
 
 
-def may_have_recorded(trainer: Any) -> bool:
-    """True when a trainer's passes are of the kind whose launches are recorded."""
-    split = trainer.passes.split
-    return bool(split.tokens) and not split.joined and on_gpu(trainer.model)
-
-
-def forget_recorded(model: Any) -> None:
-    """Gives back the memory that recorded launches of padded passes keep; they are recorded anew when they come."""
-    import torch
-
-    model.zero_grad(set_to_none=True)
-    torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def put_into_force(trainer: Any, split: Split) -> None:
     """Makes a trainer whose passes get whole optimizer steps split them so."""
     set_checkpointing(trainer.model, on=split.checkpointing)
@@ -104,15 +89,24 @@ def put_into_force(trainer: Any, split: Split) -> None:
 def go_on(trainer: Any) -> None:
     """Makes a trainer split its optimizer steps as its split says already."""
     sizes, pad_token_id = step_sizes(trainer), _pad_token_id(trainer)
+    recorded = may_have_recorded(trainer)
 
     def cut(inputs: Inputs, split: PassSplit) -> Iterator[Inputs]:
         sequences = sequences_of(inputs)
         chosen = Split(max(split.tokens // split.parts, 1), split.joined, split.checkpointing)
+        # The last step of an epoch may have fewer rows, which would be further shapes to record.
+        rows = sizes.sequences if recorded and chosen.tokens >= sizes.budget(sizes.sequences, joined=False) else 0
         for positions in passes([len(each) for each in sequences], chosen, sizes):
             group = [sequences[position] for position in positions]
-            yield _inputs(group, sizes, pad_token_id, joined=split.joined)
+            yield _inputs(group, sizes, pad_token_id, joined=split.joined, rows=rows)
+
+    def forget() -> None:
+        forget_recorded(trainer.model)
 
     trainer.passes.cut = cut
+    if recorded:
+        # What was recorded of passes that do not fit would keep its memory.
+        trainer.passes.zero_gradients = forget
 
 
 def longest_passes(trainer: Any) -> int | None:
@@ -132,10 +126,10 @@ def _pad_token_id(trainer: Any) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def _inputs(sequences: list[Sequence], sizes: StepSizes, pad_token_id: int, *, joined: bool) -> Inputs:
+def _inputs(sequences: list[Sequence], sizes: StepSizes, pad_token_id: int, *, joined: bool, rows: int = 0) -> Inputs:
     if joined:
         return joined_inputs(sequences)
-    return padded_inputs(sequences, sizes.width(max(map(len, sequences))), pad_token_id)
+    return padded_inputs(sequences, sizes.width(max(map(len, sequences))), pad_token_id, rows=rows)
 
 
 def _measured(probe: "_Probe", room: int) -> list[PassCost]:
@@ -210,7 +204,7 @@ class _Probe:
     def may_pad_instead(self) -> bool:
         """Packed rows hold several sequences that only joined passes keep apart; rows of one length waste no launch."""
         return (
-            on_gpu(self.trainer.model) and self.joins and not self.trainer.args.packing and len(self.sizes.widths()) > 1
+            on_gpu(self.trainer.model) and self.joins and not self.trainer.args.packing and len(self.sizes.widths) > 1
         )
 
     def cost(self, room: int, *, checkpointing: bool) -> PassCost | None:
@@ -228,31 +222,39 @@ class _Probe:
 
     def may_record(self, room: int, joined: PassCost) -> bool:
         """True when all shapes of whole steps fit together, by what the same passes take joined."""
-        sizes = self.sizes
-        tokens = sizes.recorded_tokens(sizes.budget(sizes.sequences, joined=False))
-        return tokens is not None and joined.memory(tokens + sizes.budget(1, joined=False)) <= room
+        return joined.memory_recorded(self.sizes) <= room
 
     def recorded_cost(self, joined: PassCost) -> PassCost | None:
-        """Measures padded passes of one row and of the whole step; None when they do not fit.
+        """Measures padded passes of whole steps, of the widest and of the narrowest rows; None when they do not fit.
 
         What is recorded keeps its memory, and so does a pass that did not fit while it was: so ask `may_record` first.
         """
         sizes = self.sizes
         self.has_recorded = True
         set_checkpointing(self.trainer.model, on=joined.checkpointing)
-        small, large = self._timed(1, joined=False), self._timed(sizes.sequences, joined=False)
-        if small is None or large is None:
+        large = self._timed(sizes.sequences, joined=False)
+        small = None if large is None else self._timed(sizes.sequences, joined=False, width=sizes.widths[0])
+        if large is None or small is None:
             return None
-        return PassCost.through(False, joined.checkpointing, small, large, recorded=True)
+        # The second one finds memory that the first one keeps, so its own figure would say nothing.
+        tokens, seconds, _ = small
+        bytes_of_small = large[2] * tokens / large[0]
+        return PassCost.through(False, joined.checkpointing, (tokens, seconds, bytes_of_small), large, recorded=True)
 
-    def _timed(self, rows: int, *, joined: bool) -> tuple[int, float, float] | None:
-        """Tokens, seconds and bytes of a pass of so many of the longest rows; None when it does not fit."""
+    def _timed(self, rows: int, *, joined: bool, width: int | None = None) -> tuple[int, float, float] | None:
+        """Tokens, seconds and bytes of a pass of so many of the longest rows; None when it does not fit.
+
+        Args:
+            rows: Of the pass.
+            joined: As in Split.
+            width: Tokens that the rows are cut to; None = none is cut.
+        """
         self.free()
         held, peak = memory_bytes(), Peak()
         try:
             # The first one compiles and fills caches.
-            tokens, _ = self._pass(rows, joined=joined)
-            seconds = min(self._pass(rows, joined=joined)[1] for _ in range(TIMED_PASSES))
+            tokens, _ = self._pass(rows, joined=joined, width=width)
+            seconds = min(self._pass(rows, joined=joined, width=width)[1] for _ in range(TIMED_PASSES))
         except Exception as error:
             if exhausted(error, "") is None:
                 raise
@@ -263,16 +265,17 @@ class _Probe:
             self.free()
         return tokens, seconds, float(max(peak.bytes() - held, 0))
 
-    def _pass(self, rows: int, *, joined: bool) -> tuple[int, float]:
+    def _pass(self, rows: int, *, joined: bool, width: int | None) -> tuple[int, float]:
         self.check()
         trainer = self.trainer
-        sequences = sequences_of(trainer.data_collator([self.longest] * rows))
+        whole = sequences_of(trainer.data_collator([self.longest] * rows))
+        sequences = [Sequence(each.ids[:width], each.labels[:width]) for each in whole]
         inputs = _inputs(sequences, self.sizes, _pad_token_id(trainer), joined=joined)
         tokens = int(inputs["input_ids"].numel())
         learnt = max(int((inputs["labels"] != IGNORED_LABEL).sum()), 1)
         wait_for_device(trainer)
         begin = time.perf_counter()
-        trainer.one_pass(trainer.model_wrapped, inputs, learnt)
+        trainer.one_pass(trainer.model_wrapped, inputs, learnt, of_few_shapes=not joined)
         wait_for_device(trainer)
         return tokens, time.perf_counter() - begin
 

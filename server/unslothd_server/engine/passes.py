@@ -35,6 +35,11 @@ class PassSplit:
     tokens: int = 0
     joined: bool = False
 
+    @property
+    def has_few_shapes(self) -> bool:
+        """True where passes are padded to a few widths."""
+        return bool(self.tokens) and not self.joined
+
 
 @dataclass
 class StepPasses:

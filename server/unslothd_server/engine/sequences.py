@@ -49,21 +49,25 @@ def sequences_of(inputs: Inputs) -> list[Sequence]:
     return [Sequence(ids[0, start:end], labels[0, start:end]) for start, end in pairwise(edges)]
 
 
-def padded_inputs(sequences: Iterable[Sequence], width: int, pad_token_id: int) -> Inputs:
+def padded_inputs(sequences: Iterable[Sequence], width: int, pad_token_id: int, *, rows: int = 0) -> Inputs:
     """Inputs of rows that are filled up on the right.
 
     Args:
         sequences: At least one, none longer than the width.
         width: Columns.
         pad_token_id: Fills the rows up.
+        rows: That there are at least; those beyond the sequences hold padding, and nothing of them is learnt.
     """
     import torch
 
-    rows = list(sequences)
-    ids = rows[0].ids.new_full((len(rows), width), pad_token_id)
-    labels = rows[0].labels.new_full((len(rows), width), IGNORED_LABEL)
-    mask = torch.zeros((len(rows), width), dtype=torch.long, device=ids.device)
-    for index, row in enumerate(rows):
+    given = list(sequences)
+    shape = (max(rows, len(given)), width)
+    ids = given[0].ids.new_full(shape, pad_token_id)
+    labels = given[0].labels.new_full(shape, IGNORED_LABEL)
+    mask = torch.zeros(shape, dtype=torch.long, device=ids.device)
+    # Attention that sees nothing at all is no number.
+    mask[:, 0] = 1
+    for index, row in enumerate(given):
         ids[index, : len(row)] = row.ids
         labels[index, : len(row)] = row.labels
         mask[index, : len(row)] = 1

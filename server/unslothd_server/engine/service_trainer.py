@@ -1,11 +1,12 @@
 """The trainer with the few things that Transformers does otherwise than the contract says."""
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from unslothd.v1.training_event_pb2 import TrainingWarning
+from unslothd_server.engine import attention_lengths
 from unslothd_server.engine.evaluation import within_memory
 from unslothd_server.engine.passes import PassSplit, StepPasses
 from unslothd_server.engine.step_clock import StepClock
@@ -113,9 +114,20 @@ def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks) -> A
                 self.tell()
             return loss
 
-        def one_pass(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-            """Forward and backward of exactly these inputs; a lack of memory is raised. Returns the loss."""
-            return super().training_step(model, inputs, num_items_in_batch)
+        def one_pass(
+            self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any, *, of_few_shapes: bool | None = None
+        ) -> Any:
+            """Forward and backward of exactly these inputs; a lack of memory is raised. Returns the loss.
+
+            Args:
+                model: Wrapped for training.
+                inputs: Of one pass.
+                num_items_in_batch: Learnt tokens of the optimizer step.
+                of_few_shapes: Such passes have few shapes; by default what the split in force says.
+            """
+            few = self.passes.split.has_few_shapes if of_few_shapes is None else of_few_shapes
+            with attention_lengths.kept() if few else nullcontext():
+                return super().training_step(model, inputs, num_items_in_batch)
 
         def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
             """Sends a pass to the device; Transformers waits for it with every tensor."""

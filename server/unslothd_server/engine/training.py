@@ -18,7 +18,16 @@ from unslothd.v1.training_event_pb2 import (
 )
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig, TrainingMetrics
 from unslothd.worker.v1.worker_service_pb2 import StartTrainingRequest
-from unslothd_server.engine import checkpoints, devices, environment, honesty, pass_tuning, readback, reports
+from unslothd_server.engine import (
+    checkpoints,
+    devices,
+    environment,
+    honesty,
+    pass_tuning,
+    readback,
+    recorded_passes,
+    reports,
+)
 from unslothd_server.engine.attention_lengths import of_one_length_kept
 from unslothd_server.engine.callbacks import Emit, EventCallback
 from unslothd_server.engine.checkpoint_saver import GO_ON, CheckpointSaver
@@ -116,7 +125,7 @@ class TrainingRun:
             traceback.clear_frames(error.__traceback__)
             raise known from error
         finally:
-            recorded = self._trainer is not None and pass_tuning.may_have_recorded(self._trainer)
+            recorded = self._trainer is not None and recorded_passes.may_have_recorded(self._trainer)
             self._trainer = None
             self._clean_up(recorded=recorded)
 
@@ -320,7 +329,7 @@ class TrainingRun:
         import torch
 
         if recorded:
-            pass_tuning.forget_recorded(self._loaded.model)
+            recorded_passes.forget_recorded(self._loaded.model)
         self._loaded.model.zero_grad(set_to_none=True)
         gc.collect()
         if torch.cuda.is_initialized():

@@ -12,7 +12,8 @@ from support.engine_runs import Loaded, LoadTiny, Row, Run, memory
 from unslothd.v1.model_pb2 import LoraConfig
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig
-from unslothd_server.engine import pass_tuning
+from unslothd_server.engine import pass_tuning, recorded_passes
+from unslothd_server.engine.micro_batching import Choice, Split, StepSizes
 from unslothd_server.engine.readback import uses_checkpointing
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
 
@@ -200,7 +201,40 @@ def test_what_was_recorded_is_forgotten_when_the_training_has_ended(
 ) -> None:
     # Launches are recorded on a GPU only: tests/gpu/test_tuned_passes.py looks at the memory.
     forgotten: list[Any] = []
-    monkeypatch.setattr(pass_tuning, "may_have_recorded", lambda trainer: trainer.model is prepared.torch_model)
-    monkeypatch.setattr(pass_tuning, "forget_recorded", forgotten.append)
+    monkeypatch.setattr(recorded_passes, "may_have_recorded", lambda trainer: trainer.model is prepared.torch_model)
+    monkeypatch.setattr(recorded_passes, "forget_recorded", forgotten.append)
     prepared.train(mixed, FIXED)
     assert forgotten == [prepared.torch_model]
+
+
+def test_a_step_of_fewer_rows_is_filled_up_where_shapes_are_recorded_and_learns_the_same(
+    fresh: Callable[[], Loaded], mixed: list[Row], monkeypatch: pytest.MonkeyPatch
+):
+    def whole_steps(costs: Any, sizes: StepSizes, room: float) -> Choice:
+        split = Split(sizes.budget(sizes.sequences, joined=False), joined=False, checkpointing=False)
+        return Choice(split, seconds=1.0, num_bytes=0.0, launch_seconds=0.0, tokens=1.0)
+
+    # Twenty rows: the last step of an epoch has two.
+    tuned, fixed, shapes = TrainingConfig(num_train_epochs=2), TrainingConfig(num_train_epochs=2), [(0, 0)]
+    for config, like in ((tuned, TUNED), (fixed, FIXED)):
+        config.MergeFrom(like)
+        config.ClearField("max_steps")
+    expected = fresh().train(mixed, fixed, name="fixed")
+    monkeypatch.setattr(pass_tuning, "choose", whole_steps)
+    monkeypatch.setattr(pass_tuning, "may_have_recorded", lambda trainer: True)
+    loaded = fresh()
+
+    def begin(event: TrainingEvent, stop: StopSignal) -> None:
+        if event.HasField("started"):
+            shapes.clear()
+
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+
+    hook = loaded.torch_model.register_forward_pre_hook(before, with_kwargs=True)
+    run = loaded.train(mixed, tuned, on_event=begin)
+    hook.remove()
+    assert len(run.losses) == len(shapes) == 8
+    assert {rows for rows, _width in shapes} == {6}
+    assert run.losses == pytest.approx(expected.losses, rel=RELATIVE_DIFFERENCE)
+    assert [step.tokens for step in run.of("step")] == [step.tokens for step in expected.of("step")]

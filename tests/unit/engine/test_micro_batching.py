@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unslothd_server.engine.micro_batching import Choice, PassCost, Split, StepSizes, choose, passes, tokens_of
+from unslothd_server.engine.micro_batching import (
+    KEPT_WHEN_RECORDED,
+    Choice,
+    PassCost,
+    Split,
+    StepSizes,
+    choose,
+    passes,
+    tokens_of,
+)
+from unslothd_server.engine.widths import MOST_WIDTHS
 
 GIB = 1024**3
 FULL = StepSizes([2048] * 100, sequences=8)
@@ -83,24 +93,30 @@ def test_padded_passes_have_few_shapes():
         for lengths in MIXED.sample()
         for group in passes(lengths, split, MIXED)
     }
-    assert len(shapes) <= 4
+    assert len(shapes) <= MOST_WIDTHS
 
 
 def recorded(**options: float) -> PassCost:
     return replace(cost(joined=False, **options), recorded=True)
 
 
-def test_recorded_passes_take_the_memory_of_every_shape_that_may_come():
-    # 8 rows of 384, 768 and 1536 tokens, at 2 GiB for 2048.
+def test_recorded_passes_take_the_memory_of_the_widest_and_a_part_of_that_of_the_others():
     choice = chosen([recorded(seconds=0.05)], MIXED, 80)
-    assert choice.split == Split(8 * 1536, joined=False, checkpointing=False)
-    assert choice.num_bytes == pytest.approx(8 * (384 + 768 + 1536) / 2048 * 2 * GIB)
+    *others, widest = MIXED.widths
+    assert choice.split == Split(8 * widest, joined=False, checkpointing=False)
+    kept = widest + KEPT_WHEN_RECORDED * sum(others)
+    assert choice.num_bytes == pytest.approx(8 * kept / 2048 * 2 * GIB)
 
 
-def test_recorded_passes_are_not_chosen_where_not_all_their_shapes_fit():
-    joined = cost(seconds=0.5)
-    assert chosen([joined, recorded(seconds=0.05)], MIXED, 22).split.joined is False
-    assert chosen([joined, recorded(seconds=0.05)], MIXED, 20).split.joined is True
+def test_all_that_recomputing_passes_record_is_counted():
+    recomputing = replace(recorded(seconds=0.05), checkpointing=True)
+    assert chosen([recomputing], MIXED, 80).num_bytes == pytest.approx(8 * sum(MIXED.widths) / 2048 * 2 * GIB)
+
+
+def test_recorded_passes_are_not_chosen_where_their_shapes_do_not_fit():
+    joined, memory = cost(seconds=0.5), recorded().memory_recorded(MIXED) / GIB
+    assert chosen([joined, recorded(seconds=0.05)], MIXED, 1.01 * memory).split.joined is False
+    assert chosen([joined, recorded(seconds=0.05)], MIXED, 0.99 * memory).split.joined is True
 
 
 def test_recorded_passes_are_of_whole_steps_as_smaller_ones_come_in_too_many_shapes():

@@ -42,6 +42,14 @@ def test_padding_that_looks_like_a_token_is_told_by_the_mask():
     assert rows_in(inputs) == rows_in(joined())
 
 
+def test_rows_beyond_the_sequences_are_padding_and_nothing_of_them_is_learnt():
+    inputs = padded_inputs(sequences_of(joined()), width=4, pad_token_id=PAD, rows=5)
+    assert inputs["input_ids"].shape == (5, 4)
+    assert inputs["input_ids"][3:].tolist() == [[PAD] * 4] * 2
+    assert inputs["labels"][3:].tolist() == [[IGNORED_LABEL] * 4] * 2
+    assert inputs["attention_mask"][3:].tolist() == [[1, 0, 0, 0]] * 2
+
+
 def test_joined_rows_begin_anew_and_do_not_predict_each_other():
     inputs = joined_inputs(sequences_of(joined()))
     assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
