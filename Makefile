@@ -56,7 +56,7 @@ format: $(READY) $(GENERATE_READY) toolchain ## lay out Python, Go and protos th
 GPU_PYTHON := .venv/bin/python
 GPU_TESTS_AT_ONCE := 4
 .PHONY: test-gpu
-test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),$(READY)) ## every test that needs a GPU, on one with 80 GB: most side by side, those of its whole memory alone
+test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),$(READY)) ## every test that needs a GPU, on one with 80 GB: most side by side, those of the whole GPU alone
 	@failed=0; \
 	$(GPU_PYTHON) -m pytest -m "gpu and not whole_gpu" -n $(GPU_TESTS_AT_ONCE) tests/gpu || failed=1; \
 	$(GPU_PYTHON) -m pytest -m "gpu and whole_gpu" tests/gpu || failed=1; \

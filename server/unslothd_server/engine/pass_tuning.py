@@ -225,19 +225,22 @@ class _Probe:
         return joined.memory_recorded(self.sizes) <= room
 
     def recorded_cost(self, joined: PassCost) -> PassCost | None:
-        """Measures padded passes of whole steps, of the widest and of the narrowest rows; None when they do not fit.
+        """Measures padded passes of whole steps, in every width that they will have; None when they do not fit.
 
-        What is recorded keeps its memory, and so does a pass that did not fit while it was: so ask `may_record` first.
+        A width takes a second when it comes first, which the training is spared. What is recorded keeps its memory, and
+        so does a pass that did not fit while it was: so ask `may_record` first.
         """
         sizes = self.sizes
         self.has_recorded = True
         set_checkpointing(self.trainer.model, on=joined.checkpointing)
-        large = self._timed(sizes.sequences, joined=False)
-        small = None if large is None else self._timed(sizes.sequences, joined=False, width=sizes.widths[0])
-        if large is None or small is None:
-            return None
-        # The second one finds memory that the first one keeps, so its own figure would say nothing.
-        tokens, seconds, _ = small
+        measured: list[tuple[int, float, float]] = []
+        for width in reversed(sizes.widths):
+            timed = self._timed(sizes.sequences, joined=False, width=width)
+            if timed is None:
+                return None
+            measured.append(timed)
+        large, (tokens, seconds, _) = measured[0], measured[-1]
+        # Narrow ones find memory that the wide ones keep, so their own figures would say nothing.
         bytes_of_small = large[2] * tokens / large[0]
         return PassCost.through(False, joined.checkpointing, (tokens, seconds, bytes_of_small), large, recorded=True)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unslothd_server.engine.micro_batching import (
-    KEPT_WHEN_RECORDED,
+    SHARED_WHEN_RECORDED,
     Choice,
     PassCost,
     Split,
@@ -100,12 +100,11 @@ def recorded(**options: float) -> PassCost:
     return replace(cost(joined=False, **options), recorded=True)
 
 
-def test_recorded_passes_take_the_memory_of_the_widest_and_a_part_of_that_of_the_others():
+def test_recorded_passes_share_the_memory_of_the_widest():
     choice = chosen([recorded(seconds=0.05)], MIXED, 80)
-    *others, widest = MIXED.widths
+    widest = MIXED.widths[-1]
     assert choice.split == Split(8 * widest, joined=False, checkpointing=False)
-    kept = widest + KEPT_WHEN_RECORDED * sum(others)
-    assert choice.num_bytes == pytest.approx(8 * kept / 2048 * 2 * GIB)
+    assert choice.num_bytes == pytest.approx(SHARED_WHEN_RECORDED * 8 * widest / 2048 * 2 * GIB)
 
 
 def test_all_that_recomputing_passes_record_is_counted():
