@@ -62,10 +62,10 @@ class Arm:
 
 
 class Script:
-    """gpu_script.py or gpu_engine.py in a process of its own, which answers in lines of JSON.
+    """gpu_script.py in a process of its own, which answers in lines of JSON.
 
     Args:
-        arm: As the program knows it; "engine…" is gpu_engine.py.
+        arm: As the program knows it.
         case: Tells whether weights are in 4 bits.
         model: Its folder.
         folder: Where it runs; its log is ARM.log in there.
@@ -73,7 +73,6 @@ class Script:
     """
 
     def __init__(self, arm: str, case: Case, model: Path, folder: Path, **more: Any) -> None:
-        program = "gpu_engine.py" if arm.startswith("engine") else "gpu_script.py"
         job = {
             "arm": arm,
             "model": str(model),
@@ -85,7 +84,7 @@ class Script:
         self._log = folder / f"{arm}.log"
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(HERE / program), json.dumps(job)],
+                [sys.executable, str(HERE / "gpu_script.py"), json.dumps(job)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -116,7 +115,7 @@ class Script:
 
 @contextmanager
 def script_arm(arm: str, case: Case, model: Path, rows: Path, folder: Path) -> Iterator[Arm]:
-    """Starts a script, or the engine alone, which loads while the others do."""
+    """Starts a script, which loads while the others do."""
     script = Script(arm, case, model, folder)
     loaded: Figures = {}
 

@@ -28,10 +28,7 @@ GIB = 1024**3
 # It is far from the others, so that more says nothing more.
 HF_ROUNDS = 1
 ARMS = ("hf", "unsloth", "fixed", "tuned")
-# Only when asked for: the engine alone, fixed, and the same waiting for the device after every pass, as scripts do. It
-# tells what a worker costs from what the engine costs, and what it costs to run ahead of the device.
-EXTRA_ARMS = ("engine", "engine-waits")
-WITHOUT_SERVER = ("hf", "unsloth", *EXTRA_ARMS)
+WITHOUT_SERVER = ("hf", "unsloth")
 
 
 CASES = {
@@ -50,9 +47,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     options = options_parser(__doc__)
     options.add_argument("--case", action="append", choices=CASES, help="what to train; repeatable (default: 1b)")
-    options.add_argument(
-        "--arm", action="append", choices=(*ARMS, *EXTRA_ARMS), help="repeatable (default: all but the engine alone)"
-    )
+    options.add_argument("--arm", action="append", choices=ARMS, help="repeatable (default: all)")
     options.add_argument("--rounds", type=int, default=2, help="blocks of each arm")
     options.add_argument("--warm-up", type=int, default=4, help="first steps of a block that do not count")
     options.add_argument("--save", type=Path, help="folder for the table and the figures")
@@ -79,7 +74,7 @@ def _case(name: str, folder: Path, options: argparse.Namespace, found: Figures) 
     rows = folder / "rows" / f"{name}.jsonl"
     rows.parent.mkdir(exist_ok=True)
     write_rows(rows, 1800 if case.mixed else 240, words=None if case.mixed else MAX_SEQ_LENGTH + 100)
-    blocks: dict[str, list[Figures]] = {arm: [] for arm in options.arm or ARMS if _steps_of(case, arm)}
+    blocks: dict[str, list[Figures]] = {arm: [] for arm in options.arm or ARMS if case.steps.get(arm)}
     together = [[arm] for arm in blocks if arm == "tuned"] if case.alone else []
     together.append([arm for arm in blocks if [arm] not in together])
 
@@ -103,17 +98,12 @@ def _case(name: str, folder: Path, options: argparse.Namespace, found: Figures) 
                 for arm, each in arms.items():
                     if arm == "hf" and number > HF_ROUNDS:
                         continue
-                    blocks[arm].append(each.block(_steps_of(case, arm)))
+                    blocks[arm].append(each.block(case.steps[arm]))
                     tell(f"round {number} of {options.rounds}, {arm}: {_short(blocks[arm][-1], options.warm_up)}")
             for arm, each in arms.items():
                 if each.warm:
                     blocks[arm][-1] |= each.warm()
                     tell(f"{arm}, on a warm worker")
-
-
-def _steps_of(case: Case, arm: str) -> int:
-    """Of a block; the engine alone trains what the service with fixed passes does. 0 = the case is without the arm."""
-    return case.steps.get("fixed" if arm in EXTRA_ARMS else arm, 0)
 
 
 def _save(found: Figures, folder: Path | None) -> None:
