@@ -36,7 +36,7 @@ class Case:
     Args:
         shape: As in random_llama.
         load_in_4bit: 4-bit base weights.
-        mixed: Rows of 20 to 1500 tokens, mean about 240; else every row has the full length.
+        mixed: Rows of 20 to 1500 words, mean 313 tokens; else every row has the full length.
         steps: Of a block, for each arm; an arm that is not named is left out.
         alone: Tuned passes take what memory is free, so this arm has its turns before the others load their models.
     """

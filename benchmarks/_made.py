@@ -36,7 +36,7 @@ def write_rows(file: Path, count: int, *, words: int | None = None) -> None:
     Args:
         file: JSON lines.
         count: Rows.
-        words: Of every row; None = 20 to 1500, mean about 240.
+        words: Of every row; None = 20 to 1500, mean 239.
     """
     drawn = random.Random(0)
     lengths = [words or min(1500, max(20, int(drawn.lognormvariate(5.2, 0.75)))) for _ in range(count)]

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--shape", choices=random_llama.SHAPES, default="llama-3.2-1b", help="of the random weights")
     options.add_argument("--model", type=Path, help="folder of a model; default: one of random weights")
     options.add_argument("--load-in-4bit", action="store_true", help="4-bit weights")
-    options.add_argument("--mixed", action="store_true", help="rows of 20 to 1500 tokens; default: all of full length")
+    options.add_argument("--mixed", action="store_true", help="rows of 20 to 1500 words; default: all of full length")
     arms = "tuned: the engine's defaults; fixed: the engine, 2 x 4; unsloth: a script, 2 x 4"
     options.add_argument("--arm", choices=ARMS, default="tuned", help=arms)
     options.add_argument("--max-seq-length", type=int, default=2048, help="tokens")
