@@ -5,8 +5,10 @@ from math import inf
 
 import numpy as np
 
-# Unsloth records launches for eight shapes at most; rows of a step that is not whole have shapes of their own.
+# Unsloth records launches for eight shapes at most, and each takes seconds.
 MOST_WIDTHS = 6
+# Of the tokens of a step, padding counted: what a further width has to save.
+WORTH_A_WIDTH = 0.01
 MULTIPLE = 64
 # Widths to choose from.
 CANDIDATES = 32
@@ -42,8 +44,8 @@ def _least_padded(candidates: list[int], shares: list[float]) -> list[int]:
     chosen = best[-1]
     for _ in range(MOST_WIDTHS - 1):
         best = [_with_one_below(best, shares, position, width) for position, width in enumerate(candidates)]
-        # One width more has to save something.
-        if best[-1][0] < chosen[0]:
+        more = len(best[-1][1]) - len(chosen[1])
+        if best[-1][0] < chosen[0] * (1 - WORTH_A_WIDTH * more):
             chosen = best[-1]
     return chosen[1]
 
