@@ -13,7 +13,7 @@ MessageT = TypeVar("MessageT")
 
 
 class StepReports:
-    """Reports each logged step once, also when a recovered training runs it again.
+    """Reports each logged step once, also when a recovered training runs it again; before the first, what is prepared.
 
     Args:
         ctx: Call to report to.
@@ -22,9 +22,14 @@ class StepReports:
     def __init__(self, ctx: Ctx) -> None:
         self._ctx = ctx
         self._last = 0
+        self._preparations = 0
 
     async def take(self, event: unslothd.TrainingEvent) -> None:
-        """Reports an event if it is a step."""
+        """Reports an event if it is a step, or goes on before the first one."""
+        if event.HasField("preparing") and not self._last:
+            self._preparations += 1
+            # Progress has to rise, and stays below the first step.
+            await self._ctx.report_progress(1 - 1 / (1 + self._preparations), None, texts.event(event))
         if event.HasField("step") and event.step.step > self._last:
             self._last = event.step.step
             await self._ctx.report_progress(event.step.step, event.step.total_steps, step_text(event.step))

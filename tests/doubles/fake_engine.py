@@ -20,6 +20,7 @@ from unslothd.v1.training_event_pb2 import (
     StepProgress,
     TrainingCancelled,
     TrainingEvent,
+    TrainingPreparing,
     TrainingStarted,
     TrainingSucceeded,
     TrainingWarning,
@@ -168,6 +169,9 @@ class FakeTraining:
         """Runs to the end or to the step boundary after a stop."""
         if not self._rows:
             raise DatasetError(ErrorReason.ERROR_REASON_DATASET_EMPTY, "The dataset holds no rows. Give at least one.")
+        for number in range(1, int(self._script.get("preparing", 0)) + 1):
+            rows = TrainingPreparing(phase=TrainingPreparing.PHASE_READING_ROWS, done=1000 * number)
+            self._emit(TrainingEvent(preparing=rows))
         self._output.mkdir(parents=True, exist_ok=True)
         self._start()
         self._fork_children()

@@ -24,6 +24,7 @@ Knobs of a training, in the first row of its dataset (a JSONL file), e.g. {"text
     gate            folder: before step N it waits until the file N or "all" is in there; a stop is heeded while it
                     waits. It writes at-N when it begins to wait. `StepGate` (gates.py) opens them.
     step_gate       the same, but inside step N: a stop is heeded only after that step, as in a real one
+    preparing       so often it tells that it reads rows
     step_seconds    seconds from the begin of one step to that of the next, counted from the first
     die_at_step     misbehave in step N, before its event
     die             how: the misbehaviour, default SIGKILL

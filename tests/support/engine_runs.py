@@ -161,7 +161,9 @@ def train(
 
     def emit(event: TrainingEvent) -> None:
         run.events.append(event)
-        run.kinds.append(str(event.WhichOneof("kind")))
+        # Only a clock decides whether and how often a preparation is told.
+        if not event.HasField("preparing"):
+            run.kinds.append(str(event.WhichOneof("kind")))
         if on_event is not None:
             on_event(event, stop)
 

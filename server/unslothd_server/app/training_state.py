@@ -83,7 +83,7 @@ def apply(training: Training, event: TrainingEvent) -> None:
             _end(training, event, Training.STATE_CANCELLED)
             training.step = event.cancelled.step
             training.output_dir = event.cancelled.output_dir
-        case _:  # warnings, evaluations: in the log, not in the state
+        case _:  # warnings, evaluations, preparations: in the log, not in the state
             pass
 
 

@@ -12,6 +12,7 @@ from unslothd.v1.training_event_pb2 import (
     Recovery,
     TrainingCancelled,
     TrainingEvent,
+    TrainingPreparing,
     TrainingStarted,
     TrainingSucceeded,
     TrainingWarning,
@@ -40,6 +41,7 @@ from unslothd_server.engine.micro_batching import Tuning
 from unslothd_server.engine.model_loading import LoadedModel
 from unslothd_server.engine.oom import exhausted
 from unslothd_server.engine.passes import PassSplit, split_config
+from unslothd_server.engine.preparation import Preparation
 from unslothd_server.engine.prepared_rows import PreparedRows, prepare_rows
 from unslothd_server.engine.receipt import FinishedRun, write_receipt
 from unslothd_server.engine.run_figures import RunFigures
@@ -78,6 +80,7 @@ class TrainingRun:
         self._output_dir = Path(request.output_dir)
         self._figures = RunFigures(StepClock(), PeakMemory())
         self._saver = CheckpointSaver(emit, stop, self._figures, keep=request.config.save_total_limit)
+        self._preparation = Preparation(emit)
         self._trainer: Any = None
         self._rows: PreparedRows | None = None
         self._resume: checkpoints.ResumePoint | None = None
@@ -94,8 +97,9 @@ class TrainingRun:
         """
         try:
             self._resume = self._resume_point()
+            self._preparation.begin(TrainingPreparing.PHASE_READING_ROWS)
             rows = prepare_rows(
-                self._request, self._loaded.tokenizer, self._loaded.max_seq_length, check=self._check_stop
+                self._request, self._loaded.tokenizer, self._loaded.max_seq_length, check=self._prepare_one
             )
             self._rows = rows
             checkpoints.remove_after(self._output_dir, self._first_step - 1)
@@ -145,6 +149,11 @@ class TrainingRun:
         self._stop.beat()
         if self._stop.requested.is_set():
             raise _StopRequestedError
+
+    def _prepare_one(self) -> None:
+        """Called before every row that is read and every pass that is measured."""
+        self._check_stop()
+        self._preparation.one_begins()
 
     @property
     def _tensorboard_dir(self) -> Path:
@@ -252,7 +261,8 @@ class TrainingRun:
             pass_tuning.go_on(trainer)
         if split.tokens or split.parts > 1:
             return None
-        tuning = pass_tuning.tune(trainer, self._loaded, self._check_stop)
+        self._preparation.begin(TrainingPreparing.PHASE_MEASURING_PASSES)
+        tuning = pass_tuning.tune(trainer, self._loaded, self._prepare_one)
         # What the probe took is not the training's peak.
         self._figures.memory = PeakMemory()
         return tuning

@@ -91,9 +91,9 @@ class Engine(Protocol):
     ) -> TrainingSucceeded | TrainingCancelled | TrainingPaused:
         """Trains to the end, or to the step boundary after `stop.requested`.
 
-        `emit` takes an event of which only the kind is set, and returns once it is in the log: started, step,
-        evaluation, checkpoint_saved, warning, and recovery (what the engine has repaired itself). The worker adds the
-        state and the terminal events.
+        `emit` takes an event of which only the kind is set, and returns once it is in the log: preparing, started,
+        step, evaluation, checkpoint_saved, warning, and recovery (what the engine has repaired itself). The worker adds
+        the state and the terminal events.
         Nothing is written to request.output_dir before the rows are known to be trainable.
         """
         ...

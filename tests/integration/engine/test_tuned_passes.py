@@ -10,9 +10,9 @@ import pytest
 
 from support.engine_runs import Loaded, LoadTiny, Row, Run, memory
 from unslothd.v1.model_pb2 import LoraConfig
-from unslothd.v1.training_event_pb2 import TrainingEvent
+from unslothd.v1.training_event_pb2 import TrainingEvent, TrainingPreparing
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig
-from unslothd_server.engine import pass_tuning, recorded_passes
+from unslothd_server.engine import pass_tuning, preparation, recorded_passes
 from unslothd_server.engine.micro_batching import Choice, Split, StepSizes
 from unslothd_server.engine.readback import uses_checkpointing
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
@@ -131,6 +131,19 @@ def test_passes_that_do_not_fit_are_not_chosen(fresh: Callable[[], Loaded], mixe
     assert run.plan.passes.max_tokens <= 300
     assert run.of("recovery") == []
     assert steps == trained(fresh(), mixed, FIXED, name="fixed")[1]
+
+
+def test_rows_and_passes_before_the_first_step_are_told_while_they_last(
+    fresh: Callable[[], Loaded], mixed: list[Row], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(preparation, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(preparation, "TELL_SECONDS", 0.0)
+    run = fresh().train(mixed, TUNED)
+    told = [(each.phase, each.done) for each in run.of("preparing")]
+    rows, passes = TrainingPreparing.PHASE_READING_ROWS, TrainingPreparing.PHASE_MEASURING_PASSES
+    assert [phase for phase, _ in told] == sorted(phase for phase, _ in told)
+    assert [done for phase, done in told if phase == rows] == list(range(len(mixed)))
+    assert [done for phase, done in told if phase == passes][:2] == [0, 1]
 
 
 def test_where_only_one_row_fits_larger_passes_with_checkpointing_are_measured_too(

@@ -109,7 +109,7 @@ async def every_way_to_connect_trains(server: RunningServer, model_id: str, fold
         config = {"max_steps": 2}
         rows = [{"text": "again and again"}]
         await host.call("unsloth_train", model_id=model_id, train_dataset=rows, training_config=config)
-        assert [done for done, _, _ in host.progress] == [1, 2]
+        assert [done for done, total, _ in host.progress if total] == [1, 2]
 
     async with agent(server.target, mode="legacy") as host:
         await train(host)

@@ -148,6 +148,17 @@ async def test_a_host_that_closes_the_connection_cancels_what_it_waits_for(
         assert end["state"] == "cancelled"
 
 
+async def test_what_goes_on_before_the_first_step_is_told(server: RunningServer, model_id: str):
+    async with agent(server.target) as host:
+        rows = [scripted_row(preparing=2, steps=1)]
+        await host.call("unsloth_train", model_id=model_id, train_dataset=rows)
+        assert host.progress == [
+            (0.5, None, "reading rows: 1 000 so far"),
+            (pytest.approx(2 / 3), None, "reading rows: 2 000 so far"),
+            (1, 1, "step 1/1, loss 2.0000, ETA 0.0 s"),
+        ]
+
+
 async def test_a_host_that_asks_for_no_progress_gets_the_same_result(server: RunningServer, model_id: str):
     async with agent(server.target) as host:
         arguments = {"model_id": model_id, "train_dataset": [{"text": "a"}]}

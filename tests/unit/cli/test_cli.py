@@ -179,7 +179,9 @@ def test_a_model_is_unloaded(server, say, cli):
 def test_train_loads_prepares_and_trains(server, say, cli, rows):
     started = training_event_pb2.TrainingStarted(engine="unsloth 2026.10.9", device="cpu", tensorboard_dir="/out/runs")
     warning = training_event_pb2.TrainingWarning(reason="ROWS_TRUNCATED", message="3 rows were [cut]")
-    events = [say.event(1, started=started), say.event(2, warning=warning), 3, say.succeeded(4)]
+    measuring = training_event_pb2.TrainingPreparing(phase="PHASE_MEASURING_PASSES", done=7)
+    begun = [say.event(1, preparing=measuring), say.event(2, started=started)]
+    events = [*begun, say.event(3, warning=warning), 4, say.succeeded(5)]
     server.script.on("LoadModel", say.messages(service_pb2.LoadModelResponse(model=READY)))
     server.script.on("PrepareForTraining", say.answer(service_pb2.PrepareForTrainingResponse(model=READY)))
     server.script.on("Train", say.events(*events))
@@ -187,10 +189,11 @@ def test_train_loads_prepares_and_trains(server, say, cli, rows):
     done = cli("train", "--model", "tiny", *arguments, "--row-format", "text")
     assert done.exit_code == 0
     for text in (
+        "measuring passes: 7 so far",
         "started on cpu with unsloth 2026.10.9",
         "tensorboard --logdir /out/runs",
         "warning ROWS_TRUNCATED: 3 rows were [cut]",
-        "step 3/5  loss 0.3333",
+        "step 4/5  loss 0.2500",
         "succeeded: train loss 0.5000",
         "/out/final",
     ):

@@ -15,6 +15,10 @@ _PHASES = {
     model_pb2.LoadProgress.PHASE_DOWNLOADING: "downloading",
     model_pb2.LoadProgress.PHASE_LOADING_WEIGHTS: "loading the weights",
 }
+_PREPARATIONS = {
+    training_event_pb2.TrainingPreparing.PHASE_READING_ROWS: "reading rows",
+    training_event_pb2.TrainingPreparing.PHASE_MEASURING_PASSES: "measuring passes",
+}
 
 
 def number(value: float) -> str:
@@ -103,6 +107,11 @@ def _state_changed(changed: training_event_pb2.TrainingStateChanged) -> str:
     return training_state(changed.state) + place
 
 
+def _preparing(preparing: training_event_pb2.TrainingPreparing) -> str:
+    text = _PREPARATIONS.get(preparing.phase, "preparing")
+    return f"{text}: {number(preparing.done)} so far" if preparing.done else text
+
+
 def _started(started: training_event_pb2.TrainingStarted) -> str:
     plan = started.plan
     how = f"goes on at step {started.first_step}" if started.resumed else "started"
@@ -180,6 +189,7 @@ def _cancelled(cancelled: training_event_pb2.TrainingCancelled) -> str:
 
 _LINES = {
     "state_changed": _state_changed,
+    "preparing": _preparing,
     "started": _started,
     "step": step,
     "evaluation": _evaluation,

@@ -27,7 +27,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from unslothd.v1 import training_pb2 as unslothd_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n unslothd/v1/training_event.proto\x12\x0bunslothd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1aunslothd/v1/training.proto\"\xa3\x06\n\rTrainingEvent\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x1f\n\x0btraining_id\x18\x02 \x01(\tR\ntrainingId\x12\x39\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12H\n\rstate_changed\x18\n \x01(\x0b\x32!.unslothd.v1.TrainingStateChangedH\x00R\x0cstateChanged\x12\x38\n\x07started\x18\x0b \x01(\x0b\x32\x1c.unslothd.v1.TrainingStartedH\x00R\x07started\x12/\n\x04step\x18\x0c \x01(\x0b\x32\x19.unslothd.v1.StepProgressH\x00R\x04step\x12\x39\n\nevaluation\x18\r \x01(\x0b\x32\x17.unslothd.v1.EvaluationH\x00R\nevaluation\x12\x44\n\x10\x63heckpoint_saved\x18\x0e \x01(\x0b\x32\x17.unslothd.v1.CheckpointH\x00R\x0f\x63heckpointSaved\x12\x38\n\x07warning\x18\x0f \x01(\x0b\x32\x1c.unslothd.v1.TrainingWarningH\x00R\x07warning\x12\x33\n\x08recovery\x18\x10 \x01(\x0b\x32\x15.unslothd.v1.RecoveryH\x00R\x08recovery\x12\x36\n\theartbeat\x18\x11 \x01(\x0b\x32\x16.unslothd.v1.HeartbeatH\x00R\theartbeat\x12>\n\tsucceeded\x18\x12 \x01(\x0b\x32\x1e.unslothd.v1.TrainingSucceededH\x00R\tsucceeded\x12\x35\n\x06\x66\x61iled\x18\x13 \x01(\x0b\x32\x1b.unslothd.v1.TrainingFailedH\x00R\x06\x66\x61iled\x12>\n\tcancelled\x18\x14 \x01(\x0b\x32\x1e.unslothd.v1.TrainingCancelledH\x00R\tcancelledB\x06\n\x04kind\"p\n\x14TrainingStateChanged\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\x1b.unslothd.v1.Training.StateR\x05state\x12%\n\x0equeue_position\x18\x02 \x01(\x05R\rqueuePosition\"\xd2\x01\n\x0fTrainingStarted\x12-\n\x04plan\x18\x01 \x01(\x0b\x32\x19.unslothd.v1.TrainingPlanR\x04plan\x12\x16\n\x06\x65ngine\x18\x02 \x01(\tR\x06\x65ngine\x12\x16\n\x06\x64\x65vice\x18\x03 \x01(\tR\x06\x64\x65vice\x12\x18\n\x07resumed\x18\x04 \x01(\x08R\x07resumed\x12\x1d\n\nfirst_step\x18\x05 \x01(\x05R\tfirstStep\x12\'\n\x0ftensorboard_dir\x18\x06 \x01(\tR\x0etensorboardDir\"\xc8\x03\n\x0cStepProgress\x12\x12\n\x04step\x18\x01 \x01(\x05R\x04step\x12\x1f\n\x0btotal_steps\x18\x02 \x01(\x05R\ntotalSteps\x12\x14\n\x05\x65poch\x18\x03 \x01(\x01R\x05\x65poch\x12\x12\n\x04loss\x18\x04 \x01(\x01R\x04loss\x12\x1b\n\tgrad_norm\x18\x05 \x01(\x01R\x08gradNorm\x12#\n\rlearning_rate\x18\x06 \x01(\x01R\x0clearningRate\x12\x16\n\x06tokens\x18\x07 \x01(\x03R\x06tokens\x12*\n\x11tokens_per_second\x18\x08 \x01(\x01R\x0ftokensPerSecond\x12!\n\x0cstep_seconds\x18\t \x01(\x01R\x0bstepSeconds\x12\x1f\n\x0b\x65ta_seconds\x18\n \x01(\x01R\netaSeconds\x12!\n\x0cmemory_bytes\x18\x0b \x01(\x03R\x0bmemoryBytes\x12*\n\x11peak_memory_bytes\x18\x0c \x01(\x03R\x0fpeakMemoryBytes\x12,\n\x0fgpu_utilization\x18\r \x01(\x01H\x00R\x0egpuUtilization\x88\x01\x01\x42\x12\n\x10_gpu_utilization\"\x87\x02\n\nEvaluation\x12\x12\n\x04step\x18\x01 \x01(\x05R\x04step\x12\x1b\n\teval_loss\x18\x02 \x01(\x01R\x08\x65valLoss\x12\x1e\n\nperplexity\x18\x03 \x01(\x01R\nperplexity\x12\x18\n\x07seconds\x18\x04 \x01(\x01R\x07seconds\x12>\n\x07metrics\x18\x05 \x03(\x0b\x32$.unslothd.v1.Evaluation.MetricsEntryR\x07metrics\x12\x12\n\x04\x62\x65st\x18\x06 \x01(\x08R\x04\x62\x65st\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"C\n\x0fTrainingWarning\x12\x16\n\x06reason\x18\x01 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"\xa4\x01\n\x08Recovery\x12(\n\x05\x63\x61use\x18\x01 \x01(\x0b\x32\x12.google.rpc.StatusR\x05\x63\x61use\x12\x1f\n\x0bresume_step\x18\x02 \x01(\x05R\nresumeStep\x12\x33\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x1b.unslothd.v1.TrainingConfigR\x06\x63onfig\x12\x18\n\x07\x61ttempt\x18\x04 \x01(\x05R\x07\x61ttempt\">\n\tHeartbeat\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\x1b.unslothd.v1.Training.StateR\x05state\"j\n\x11TrainingSucceeded\x12\x36\n\x07metrics\x18\x01 \x01(\x0b\x32\x1c.unslothd.v1.TrainingMetricsR\x07metrics\x12\x1d\n\noutput_dir\x18\x02 \x01(\tR\toutputDir\":\n\x0eTrainingFailed\x12(\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.StatusR\x05\x65rror\"F\n\x11TrainingCancelled\x12\x12\n\x04step\x18\x01 \x01(\x05R\x04step\x12\x1d\n\noutput_dir\x18\x02 \x01(\tR\toutputDirb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n unslothd/v1/training_event.proto\x12\x0bunslothd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1aunslothd/v1/training.proto\"\xe3\x06\n\rTrainingEvent\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x1f\n\x0btraining_id\x18\x02 \x01(\tR\ntrainingId\x12\x39\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12H\n\rstate_changed\x18\n \x01(\x0b\x32!.unslothd.v1.TrainingStateChangedH\x00R\x0cstateChanged\x12\x38\n\x07started\x18\x0b \x01(\x0b\x32\x1c.unslothd.v1.TrainingStartedH\x00R\x07started\x12/\n\x04step\x18\x0c \x01(\x0b\x32\x19.unslothd.v1.StepProgressH\x00R\x04step\x12\x39\n\nevaluation\x18\r \x01(\x0b\x32\x17.unslothd.v1.EvaluationH\x00R\nevaluation\x12\x44\n\x10\x63heckpoint_saved\x18\x0e \x01(\x0b\x32\x17.unslothd.v1.CheckpointH\x00R\x0f\x63heckpointSaved\x12\x38\n\x07warning\x18\x0f \x01(\x0b\x32\x1c.unslothd.v1.TrainingWarningH\x00R\x07warning\x12\x33\n\x08recovery\x18\x10 \x01(\x0b\x32\x15.unslothd.v1.RecoveryH\x00R\x08recovery\x12\x36\n\theartbeat\x18\x11 \x01(\x0b\x32\x16.unslothd.v1.HeartbeatH\x00R\theartbeat\x12>\n\tsucceeded\x18\x12 \x01(\x0b\x32\x1e.unslothd.v1.TrainingSucceededH\x00R\tsucceeded\x12\x35\n\x06\x66\x61iled\x18\x13 \x01(\x0b\x32\x1b.unslothd.v1.TrainingFailedH\x00R\x06\x66\x61iled\x12>\n\tcancelled\x18\x14 \x01(\x0b\x32\x1e.unslothd.v1.TrainingCancelledH\x00R\tcancelled\x12>\n\tpreparing\x18\x15 \x01(\x0b\x32\x1e.unslothd.v1.TrainingPreparingH\x00R\tpreparingB\x06\n\x04kind\"p\n\x14TrainingStateChanged\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\x1b.unslothd.v1.Training.StateR\x05state\x12%\n\x0equeue_position\x18\x02 \x01(\x05R\rqueuePosition\"\xb7\x01\n\x11TrainingPreparing\x12:\n\x05phase\x18\x01 \x01(\x0e\x32$.unslothd.v1.TrainingPreparing.PhaseR\x05phase\x12\x12\n\x04\x64one\x18\x02 \x01(\x03R\x04\x64one\"R\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12PHASE_READING_ROWS\x10\x01\x12\x1a\n\x16PHASE_MEASURING_PASSES\x10\x02\"\xd2\x01\n\x0fTrainingStarted\x12-\n\x04plan\x18\x01 \x01(\x0b\x32\x19.unslothd.v1.TrainingPlanR\x04plan\x12\x16\n\x06\x65ngine\x18\x02 \x01(\tR\x06\x65ngine\x12\x16\n\x06\x64\x65vice\x18\x03 \x01(\tR\x06\x64\x65vice\x12\x18\n\x07resumed\x18\x04 \x01(\x08R\x07resumed\x12\x1d\n\nfirst_step\x18\x05 \x01(\x05R\tfirstStep\x12\'\n\x0ftensorboard_dir\x18\x06 \x01(\tR\x0etensorboardDir\"\xc8\x03\n\x0cStepProgress\x12\x12\n\x04step\x18\x01 \x01(\x05R\x04step\x12\x1f\n\x0btotal_steps\x18\x02 \x01(\x05R\ntotalSteps\x12\x14\n\x05\x65poch\x18\x03 \x01(\x01R\x05\x65poch\x12\x12\n\x04loss\x18\x04 \x01(\x01R\x04loss\x12\x1b\n\tgrad_norm\x18\x05 \x01(\x01R\x08gradNorm\x12#\n\rlearning_rate\x18\x06 \x01(\x01R\x0clearningRate\x12\x16\n\x06tokens\x18\x07 \x01(\x03R\x06tokens\x12*\n\x11tokens_per_second\x18\x08 \x01(\x01R\x0ftokensPerSecond\x12!\n\x0cstep_seconds\x18\t \x01(\x01R\x0bstepSeconds\x12\x1f\n\x0b\x65ta_seconds\x18\n \x01(\x01R\netaSeconds\x12!\n\x0cmemory_bytes\x18\x0b \x01(\x03R\x0bmemoryBytes\x12*\n\x11peak_memory_bytes\x18\x0c \x01(\x03R\x0fpeakMemoryBytes\x12,\n\x0fgpu_utilization\x18\r \x01(\x01H\x00R\x0egpuUtilization\x88\x01\x01\x42\x12\n\x10_gpu_utilization\"\x87\x02\n\nEvaluation\x12\x12\n\x04step\x18\x01 \x01(\x05R\x04step\x12\x1b\n\teval_loss\x18\x02 \x01(\x01R\x08\x65valLoss\x12\x1e\n\nperplexity\x18\x03 \x01(\x01R\nperplexity\x12\x18\n\x07seconds\x18\x04 \x01(\x01R\x07seconds\x12>\n\x07metrics\x18\x05 \x03(\x0b\x32$.unslothd.v1.Evaluation.MetricsEntryR\x07metrics\x12\x12\n\x04\x62\x65st\x18\x06 \x01(\x08R\x04\x62\x65st\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"C\n\x0fTrainingWarning\x12\x16\n\x06reason\x18\x01 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"\xa4\x01\n\x08Recovery\x12(\n\x05\x63\x61use\x18\x01 \x01(\x0b\x32\x12.google.rpc.StatusR\x05\x63\x61use\x12\x1f\n\x0bresume_step\x18\x02 \x01(\x05R\nresumeStep\x12\x33\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x1b.unslothd.v1.TrainingConfigR\x06\x63onfig\x12\x18\n\x07\x61ttempt\x18\x04 \x01(\x05R\x07\x61ttempt\">\n\tHeartbeat\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\x1b.unslothd.v1.Training.StateR\x05state\"j\n\x11TrainingSucceeded\x12\x36\n\x07metrics\x18\x01 \x01(\x0b\x32\x1c.unslothd.v1.TrainingMetricsR\x07metrics\x12\x1d\n\noutput_dir\x18\x02 \x01(\tR\toutputDir\":\n\x0eTrainingFailed\x12(\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.StatusR\x05\x65rror\"F\n\x11TrainingCancelled\x12\x12\n\x04step\x18\x01 \x01(\x05R\x04step\x12\x1d\n\noutput_dir\x18\x02 \x01(\tR\toutputDirb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,27 +37,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVALUATION_METRICSENTRY']._loaded_options = None
   _globals['_EVALUATION_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_TRAININGEVENT']._serialized_start=136
-  _globals['_TRAININGEVENT']._serialized_end=939
-  _globals['_TRAININGSTATECHANGED']._serialized_start=941
-  _globals['_TRAININGSTATECHANGED']._serialized_end=1053
-  _globals['_TRAININGSTARTED']._serialized_start=1056
-  _globals['_TRAININGSTARTED']._serialized_end=1266
-  _globals['_STEPPROGRESS']._serialized_start=1269
-  _globals['_STEPPROGRESS']._serialized_end=1725
-  _globals['_EVALUATION']._serialized_start=1728
-  _globals['_EVALUATION']._serialized_end=1991
-  _globals['_EVALUATION_METRICSENTRY']._serialized_start=1933
-  _globals['_EVALUATION_METRICSENTRY']._serialized_end=1991
-  _globals['_TRAININGWARNING']._serialized_start=1993
-  _globals['_TRAININGWARNING']._serialized_end=2060
-  _globals['_RECOVERY']._serialized_start=2063
-  _globals['_RECOVERY']._serialized_end=2227
-  _globals['_HEARTBEAT']._serialized_start=2229
-  _globals['_HEARTBEAT']._serialized_end=2291
-  _globals['_TRAININGSUCCEEDED']._serialized_start=2293
-  _globals['_TRAININGSUCCEEDED']._serialized_end=2399
-  _globals['_TRAININGFAILED']._serialized_start=2401
-  _globals['_TRAININGFAILED']._serialized_end=2459
-  _globals['_TRAININGCANCELLED']._serialized_start=2461
-  _globals['_TRAININGCANCELLED']._serialized_end=2531
+  _globals['_TRAININGEVENT']._serialized_end=1003
+  _globals['_TRAININGSTATECHANGED']._serialized_start=1005
+  _globals['_TRAININGSTATECHANGED']._serialized_end=1117
+  _globals['_TRAININGPREPARING']._serialized_start=1120
+  _globals['_TRAININGPREPARING']._serialized_end=1303
+  _globals['_TRAININGPREPARING_PHASE']._serialized_start=1221
+  _globals['_TRAININGPREPARING_PHASE']._serialized_end=1303
+  _globals['_TRAININGSTARTED']._serialized_start=1306
+  _globals['_TRAININGSTARTED']._serialized_end=1516
+  _globals['_STEPPROGRESS']._serialized_start=1519
+  _globals['_STEPPROGRESS']._serialized_end=1975
+  _globals['_EVALUATION']._serialized_start=1978
+  _globals['_EVALUATION']._serialized_end=2241
+  _globals['_EVALUATION_METRICSENTRY']._serialized_start=2183
+  _globals['_EVALUATION_METRICSENTRY']._serialized_end=2241
+  _globals['_TRAININGWARNING']._serialized_start=2243
+  _globals['_TRAININGWARNING']._serialized_end=2310
+  _globals['_RECOVERY']._serialized_start=2313
+  _globals['_RECOVERY']._serialized_end=2477
+  _globals['_HEARTBEAT']._serialized_start=2479
+  _globals['_HEARTBEAT']._serialized_end=2541
+  _globals['_TRAININGSUCCEEDED']._serialized_start=2543
+  _globals['_TRAININGSUCCEEDED']._serialized_end=2649
+  _globals['_TRAININGFAILED']._serialized_start=2651
+  _globals['_TRAININGFAILED']._serialized_end=2709
+  _globals['_TRAININGCANCELLED']._serialized_start=2711
+  _globals['_TRAININGCANCELLED']._serialized_end=2781
 # @@protoc_insertion_point(module_scope)

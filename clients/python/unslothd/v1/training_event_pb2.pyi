@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from unslothd.v1 import training_pb2 as _training_pb2
 import builtins as _builtins
@@ -44,6 +45,7 @@ class TrainingEvent(_message.Message):
     SUCCEEDED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
+    PREPARING_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """1, 2, 3, ... without a gap for the life of the training, across restarts of worker and server. 0 on a heartbeat,
     which is not kept.
@@ -98,6 +100,10 @@ class TrainingEvent(_message.Message):
     def cancelled(self) -> Global___TrainingCancelled:
         """Terminal: it was stopped on request."""
 
+    @_builtins.property
+    def preparing(self) -> Global___TrainingPreparing:
+        """What it does before its first step goes on."""
+
     def __init__(
         self,
         *,
@@ -115,12 +121,13 @@ class TrainingEvent(_message.Message):
         succeeded: Global___TrainingSucceeded | None = ...,
         failed: Global___TrainingFailed | None = ...,
         cancelled: Global___TrainingCancelled | None = ...,
+        preparing: Global___TrainingPreparing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "kind", b"kind", "recovery", b"recovery", "started", b"started", "state_changed", b"state_changed", "step", b"step", "succeeded", b"succeeded", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "kind", b"kind", "preparing", b"preparing", "recovery", b"recovery", "started", b"started", "state_changed", b"state_changed", "step", b"step", "succeeded", b"succeeded", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "kind", b"kind", "recovery", b"recovery", "sequence", b"sequence", "started", b"started", "state_changed", b"state_changed", "step", b"step", "succeeded", b"succeeded", "training_id", b"training_id", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "kind", b"kind", "preparing", b"preparing", "recovery", b"recovery", "sequence", b"sequence", "started", b"started", "state_changed", b"state_changed", "step", b"step", "succeeded", b"succeeded", "training_id", b"training_id", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["state_changed", "started", "step", "evaluation", "checkpoint_saved", "warning", "recovery", "heartbeat", "succeeded", "failed", "cancelled"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["state_changed", "started", "step", "evaluation", "checkpoint_saved", "warning", "recovery", "heartbeat", "succeeded", "failed", "cancelled", "preparing"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -151,6 +158,59 @@ class TrainingStateChanged(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainingStateChanged: _TypeAlias = TrainingStateChanged  # noqa: Y015
+
+@_typing.final
+class TrainingPreparing(_message.Message):
+    """What a training does between STATE_RUNNING and its started event, told every few seconds where it takes longer than two."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Phase:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TrainingPreparing._Phase.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        PHASE_UNSPECIFIED: TrainingPreparing._Phase.ValueType  # 0
+        """Not used."""
+        PHASE_READING_ROWS: TrainingPreparing._Phase.ValueType  # 1
+        """Rows are read, rendered and tokenised; done = rows."""
+        PHASE_MEASURING_PASSES: TrainingPreparing._Phase.ValueType  # 2
+        """Passes of several sizes are run and timed, to split steps as is fastest; done = passes. The first ones of a kind
+        are compiled, which may take ten seconds each.
+        """
+
+    class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
+        """What it is doing. Phases come in this order."""
+
+    PHASE_UNSPECIFIED: TrainingPreparing.Phase.ValueType  # 0
+    """Not used."""
+    PHASE_READING_ROWS: TrainingPreparing.Phase.ValueType  # 1
+    """Rows are read, rendered and tokenised; done = rows."""
+    PHASE_MEASURING_PASSES: TrainingPreparing.Phase.ValueType  # 2
+    """Passes of several sizes are run and timed, to split steps as is fastest; done = passes. The first ones of a kind
+    are compiled, which may take ten seconds each.
+    """
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    phase: Global___TrainingPreparing.Phase.ValueType
+    """What it is doing."""
+    done: _builtins.int
+    """Units done in this phase: rows or passes. How many there will be is not known."""
+    def __init__(
+        self,
+        *,
+        phase: Global___TrainingPreparing.Phase.ValueType = ...,
+        done: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "phase", b"phase"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainingPreparing: _TypeAlias = TrainingPreparing  # noqa: Y015
 
 @_typing.final
 class TrainingStarted(_message.Message):

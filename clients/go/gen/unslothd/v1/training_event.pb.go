@@ -25,6 +25,60 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// What it is doing. Phases come in this order.
+type TrainingPreparing_Phase int32
+
+const (
+	// Not used.
+	TrainingPreparing_PHASE_UNSPECIFIED TrainingPreparing_Phase = 0
+	// Rows are read, rendered and tokenised; done = rows.
+	TrainingPreparing_PHASE_READING_ROWS TrainingPreparing_Phase = 1
+	// Passes of several sizes are run and timed, to split steps as is fastest; done = passes. The first ones of a kind
+	// are compiled, which may take ten seconds each.
+	TrainingPreparing_PHASE_MEASURING_PASSES TrainingPreparing_Phase = 2
+)
+
+// Enum value maps for TrainingPreparing_Phase.
+var (
+	TrainingPreparing_Phase_name = map[int32]string{
+		0: "PHASE_UNSPECIFIED",
+		1: "PHASE_READING_ROWS",
+		2: "PHASE_MEASURING_PASSES",
+	}
+	TrainingPreparing_Phase_value = map[string]int32{
+		"PHASE_UNSPECIFIED":      0,
+		"PHASE_READING_ROWS":     1,
+		"PHASE_MEASURING_PASSES": 2,
+	}
+)
+
+func (x TrainingPreparing_Phase) Enum() *TrainingPreparing_Phase {
+	p := new(TrainingPreparing_Phase)
+	*p = x
+	return p
+}
+
+func (x TrainingPreparing_Phase) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (TrainingPreparing_Phase) Descriptor() protoreflect.EnumDescriptor {
+	return file_unslothd_v1_training_event_proto_enumTypes[0].Descriptor()
+}
+
+func (TrainingPreparing_Phase) Type() protoreflect.EnumType {
+	return &file_unslothd_v1_training_event_proto_enumTypes[0]
+}
+
+func (x TrainingPreparing_Phase) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use TrainingPreparing_Phase.Descriptor instead.
+func (TrainingPreparing_Phase) EnumDescriptor() ([]byte, []int) {
+	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{2, 0}
+}
+
 // One entry of a training's event log. The log is complete: whoever reads it from sequence 1 knows everything that
 // happened. A terminal event (succeeded, failed, cancelled) is its last entry, unless ResumeTraining brings a failed or
 // cancelled training back: then the log goes on after it. So read a stream to its end, not to a terminal event.
@@ -52,6 +106,7 @@ type TrainingEvent struct {
 	//	*TrainingEvent_Succeeded
 	//	*TrainingEvent_Failed
 	//	*TrainingEvent_Cancelled
+	//	*TrainingEvent_Preparing
 	Kind          isTrainingEvent_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -214,6 +269,15 @@ func (x *TrainingEvent) GetCancelled() *TrainingCancelled {
 	return nil
 }
 
+func (x *TrainingEvent) GetPreparing() *TrainingPreparing {
+	if x != nil {
+		if x, ok := x.Kind.(*TrainingEvent_Preparing); ok {
+			return x.Preparing
+		}
+	}
+	return nil
+}
+
 type isTrainingEvent_Kind interface {
 	isTrainingEvent_Kind()
 }
@@ -273,6 +337,11 @@ type TrainingEvent_Cancelled struct {
 	Cancelled *TrainingCancelled `protobuf:"bytes,20,opt,name=cancelled,proto3,oneof"`
 }
 
+type TrainingEvent_Preparing struct {
+	// What it does before its first step goes on.
+	Preparing *TrainingPreparing `protobuf:"bytes,21,opt,name=preparing,proto3,oneof"`
+}
+
 func (*TrainingEvent_StateChanged) isTrainingEvent_Kind() {}
 
 func (*TrainingEvent_Started) isTrainingEvent_Kind() {}
@@ -294,6 +363,8 @@ func (*TrainingEvent_Succeeded) isTrainingEvent_Kind() {}
 func (*TrainingEvent_Failed) isTrainingEvent_Kind() {}
 
 func (*TrainingEvent_Cancelled) isTrainingEvent_Kind() {}
+
+func (*TrainingEvent_Preparing) isTrainingEvent_Kind() {}
 
 // A new state, or a new place in the queue.
 type TrainingStateChanged struct {
@@ -350,6 +421,61 @@ func (x *TrainingStateChanged) GetQueuePosition() int32 {
 	return 0
 }
 
+// What a training does between STATE_RUNNING and its started event, told every few seconds where it takes longer than two.
+type TrainingPreparing struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What it is doing.
+	Phase TrainingPreparing_Phase `protobuf:"varint,1,opt,name=phase,proto3,enum=unslothd.v1.TrainingPreparing_Phase" json:"phase,omitempty"`
+	// Units done in this phase: rows or passes. How many there will be is not known.
+	Done          int64 `protobuf:"varint,2,opt,name=done,proto3" json:"done,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrainingPreparing) Reset() {
+	*x = TrainingPreparing{}
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrainingPreparing) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrainingPreparing) ProtoMessage() {}
+
+func (x *TrainingPreparing) ProtoReflect() protoreflect.Message {
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrainingPreparing.ProtoReflect.Descriptor instead.
+func (*TrainingPreparing) Descriptor() ([]byte, []int) {
+	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *TrainingPreparing) GetPhase() TrainingPreparing_Phase {
+	if x != nil {
+		return x.Phase
+	}
+	return TrainingPreparing_PHASE_UNSPECIFIED
+}
+
+func (x *TrainingPreparing) GetDone() int64 {
+	if x != nil {
+		return x.Done
+	}
+	return 0
+}
+
 // What the engine really does, read back from it, not what was asked.
 type TrainingStarted struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -371,7 +497,7 @@ type TrainingStarted struct {
 
 func (x *TrainingStarted) Reset() {
 	*x = TrainingStarted{}
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[2]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -383,7 +509,7 @@ func (x *TrainingStarted) String() string {
 func (*TrainingStarted) ProtoMessage() {}
 
 func (x *TrainingStarted) ProtoReflect() protoreflect.Message {
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[2]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -396,7 +522,7 @@ func (x *TrainingStarted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrainingStarted.ProtoReflect.Descriptor instead.
 func (*TrainingStarted) Descriptor() ([]byte, []int) {
-	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{2}
+	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *TrainingStarted) GetPlan() *TrainingPlan {
@@ -476,7 +602,7 @@ type StepProgress struct {
 
 func (x *StepProgress) Reset() {
 	*x = StepProgress{}
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[3]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -488,7 +614,7 @@ func (x *StepProgress) String() string {
 func (*StepProgress) ProtoMessage() {}
 
 func (x *StepProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[3]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -501,7 +627,7 @@ func (x *StepProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepProgress.ProtoReflect.Descriptor instead.
 func (*StepProgress) Descriptor() ([]byte, []int) {
-	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{3}
+	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *StepProgress) GetStep() int32 {
@@ -616,7 +742,7 @@ type Evaluation struct {
 
 func (x *Evaluation) Reset() {
 	*x = Evaluation{}
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[4]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -628,7 +754,7 @@ func (x *Evaluation) String() string {
 func (*Evaluation) ProtoMessage() {}
 
 func (x *Evaluation) ProtoReflect() protoreflect.Message {
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[4]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -641,7 +767,7 @@ func (x *Evaluation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Evaluation.ProtoReflect.Descriptor instead.
 func (*Evaluation) Descriptor() ([]byte, []int) {
-	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{4}
+	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Evaluation) GetStep() int32 {
@@ -699,7 +825,7 @@ type TrainingWarning struct {
 
 func (x *TrainingWarning) Reset() {
 	*x = TrainingWarning{}
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[5]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -711,7 +837,7 @@ func (x *TrainingWarning) String() string {
 func (*TrainingWarning) ProtoMessage() {}
 
 func (x *TrainingWarning) ProtoReflect() protoreflect.Message {
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[5]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -724,7 +850,7 @@ func (x *TrainingWarning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrainingWarning.ProtoReflect.Descriptor instead.
 func (*TrainingWarning) Descriptor() ([]byte, []int) {
-	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{5}
+	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *TrainingWarning) GetReason() string {
@@ -758,7 +884,7 @@ type Recovery struct {
 
 func (x *Recovery) Reset() {
 	*x = Recovery{}
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[6]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -770,7 +896,7 @@ func (x *Recovery) String() string {
 func (*Recovery) ProtoMessage() {}
 
 func (x *Recovery) ProtoReflect() protoreflect.Message {
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[6]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -783,7 +909,7 @@ func (x *Recovery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Recovery.ProtoReflect.Descriptor instead.
 func (*Recovery) Descriptor() ([]byte, []int) {
-	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{6}
+	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Recovery) GetCause() *status.Status {
@@ -825,7 +951,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[7]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -837,7 +963,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[7]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -850,7 +976,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{7}
+	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Heartbeat) GetState() Training_State {
@@ -873,7 +999,7 @@ type TrainingSucceeded struct {
 
 func (x *TrainingSucceeded) Reset() {
 	*x = TrainingSucceeded{}
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[8]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -885,7 +1011,7 @@ func (x *TrainingSucceeded) String() string {
 func (*TrainingSucceeded) ProtoMessage() {}
 
 func (x *TrainingSucceeded) ProtoReflect() protoreflect.Message {
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[8]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -898,7 +1024,7 @@ func (x *TrainingSucceeded) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrainingSucceeded.ProtoReflect.Descriptor instead.
 func (*TrainingSucceeded) Descriptor() ([]byte, []int) {
-	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{8}
+	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *TrainingSucceeded) GetMetrics() *TrainingMetrics {
@@ -926,7 +1052,7 @@ type TrainingFailed struct {
 
 func (x *TrainingFailed) Reset() {
 	*x = TrainingFailed{}
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[9]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -938,7 +1064,7 @@ func (x *TrainingFailed) String() string {
 func (*TrainingFailed) ProtoMessage() {}
 
 func (x *TrainingFailed) ProtoReflect() protoreflect.Message {
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[9]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -951,7 +1077,7 @@ func (x *TrainingFailed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrainingFailed.ProtoReflect.Descriptor instead.
 func (*TrainingFailed) Descriptor() ([]byte, []int) {
-	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{9}
+	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *TrainingFailed) GetError() *status.Status {
@@ -974,7 +1100,7 @@ type TrainingCancelled struct {
 
 func (x *TrainingCancelled) Reset() {
 	*x = TrainingCancelled{}
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[10]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -986,7 +1112,7 @@ func (x *TrainingCancelled) String() string {
 func (*TrainingCancelled) ProtoMessage() {}
 
 func (x *TrainingCancelled) ProtoReflect() protoreflect.Message {
-	mi := &file_unslothd_v1_training_event_proto_msgTypes[10]
+	mi := &file_unslothd_v1_training_event_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -999,7 +1125,7 @@ func (x *TrainingCancelled) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrainingCancelled.ProtoReflect.Descriptor instead.
 func (*TrainingCancelled) Descriptor() ([]byte, []int) {
-	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{10}
+	return file_unslothd_v1_training_event_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *TrainingCancelled) GetStep() int32 {
@@ -1020,7 +1146,7 @@ var File_unslothd_v1_training_event_proto protoreflect.FileDescriptor
 
 const file_unslothd_v1_training_event_proto_rawDesc = "" +
 	"\n" +
-	" unslothd/v1/training_event.proto\x12\vunslothd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1aunslothd/v1/training.proto\"\xa3\x06\n" +
+	" unslothd/v1/training_event.proto\x12\vunslothd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1aunslothd/v1/training.proto\"\xe3\x06\n" +
 	"\rTrainingEvent\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x1f\n" +
 	"\vtraining_id\x18\x02 \x01(\tR\n" +
@@ -1040,11 +1166,19 @@ const file_unslothd_v1_training_event_proto_rawDesc = "" +
 	"\theartbeat\x18\x11 \x01(\v2\x16.unslothd.v1.HeartbeatH\x00R\theartbeat\x12>\n" +
 	"\tsucceeded\x18\x12 \x01(\v2\x1e.unslothd.v1.TrainingSucceededH\x00R\tsucceeded\x125\n" +
 	"\x06failed\x18\x13 \x01(\v2\x1b.unslothd.v1.TrainingFailedH\x00R\x06failed\x12>\n" +
-	"\tcancelled\x18\x14 \x01(\v2\x1e.unslothd.v1.TrainingCancelledH\x00R\tcancelledB\x06\n" +
+	"\tcancelled\x18\x14 \x01(\v2\x1e.unslothd.v1.TrainingCancelledH\x00R\tcancelled\x12>\n" +
+	"\tpreparing\x18\x15 \x01(\v2\x1e.unslothd.v1.TrainingPreparingH\x00R\tpreparingB\x06\n" +
 	"\x04kind\"p\n" +
 	"\x14TrainingStateChanged\x121\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1b.unslothd.v1.Training.StateR\x05state\x12%\n" +
-	"\x0equeue_position\x18\x02 \x01(\x05R\rqueuePosition\"\xd2\x01\n" +
+	"\x0equeue_position\x18\x02 \x01(\x05R\rqueuePosition\"\xb7\x01\n" +
+	"\x11TrainingPreparing\x12:\n" +
+	"\x05phase\x18\x01 \x01(\x0e2$.unslothd.v1.TrainingPreparing.PhaseR\x05phase\x12\x12\n" +
+	"\x04done\x18\x02 \x01(\x03R\x04done\"R\n" +
+	"\x05Phase\x12\x15\n" +
+	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12PHASE_READING_ROWS\x10\x01\x12\x1a\n" +
+	"\x16PHASE_MEASURING_PASSES\x10\x02\"\xd2\x01\n" +
 	"\x0fTrainingStarted\x12-\n" +
 	"\x04plan\x18\x01 \x01(\v2\x19.unslothd.v1.TrainingPlanR\x04plan\x12\x16\n" +
 	"\x06engine\x18\x02 \x01(\tR\x06engine\x12\x16\n" +
@@ -1119,54 +1253,59 @@ func file_unslothd_v1_training_event_proto_rawDescGZIP() []byte {
 	return file_unslothd_v1_training_event_proto_rawDescData
 }
 
-var file_unslothd_v1_training_event_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_unslothd_v1_training_event_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_unslothd_v1_training_event_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_unslothd_v1_training_event_proto_goTypes = []any{
-	(*TrainingEvent)(nil),         // 0: unslothd.v1.TrainingEvent
-	(*TrainingStateChanged)(nil),  // 1: unslothd.v1.TrainingStateChanged
-	(*TrainingStarted)(nil),       // 2: unslothd.v1.TrainingStarted
-	(*StepProgress)(nil),          // 3: unslothd.v1.StepProgress
-	(*Evaluation)(nil),            // 4: unslothd.v1.Evaluation
-	(*TrainingWarning)(nil),       // 5: unslothd.v1.TrainingWarning
-	(*Recovery)(nil),              // 6: unslothd.v1.Recovery
-	(*Heartbeat)(nil),             // 7: unslothd.v1.Heartbeat
-	(*TrainingSucceeded)(nil),     // 8: unslothd.v1.TrainingSucceeded
-	(*TrainingFailed)(nil),        // 9: unslothd.v1.TrainingFailed
-	(*TrainingCancelled)(nil),     // 10: unslothd.v1.TrainingCancelled
-	nil,                           // 11: unslothd.v1.Evaluation.MetricsEntry
-	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
-	(*Checkpoint)(nil),            // 13: unslothd.v1.Checkpoint
-	(Training_State)(0),           // 14: unslothd.v1.Training.State
-	(*TrainingPlan)(nil),          // 15: unslothd.v1.TrainingPlan
-	(*status.Status)(nil),         // 16: google.rpc.Status
-	(*TrainingConfig)(nil),        // 17: unslothd.v1.TrainingConfig
-	(*TrainingMetrics)(nil),       // 18: unslothd.v1.TrainingMetrics
+	(TrainingPreparing_Phase)(0),  // 0: unslothd.v1.TrainingPreparing.Phase
+	(*TrainingEvent)(nil),         // 1: unslothd.v1.TrainingEvent
+	(*TrainingStateChanged)(nil),  // 2: unslothd.v1.TrainingStateChanged
+	(*TrainingPreparing)(nil),     // 3: unslothd.v1.TrainingPreparing
+	(*TrainingStarted)(nil),       // 4: unslothd.v1.TrainingStarted
+	(*StepProgress)(nil),          // 5: unslothd.v1.StepProgress
+	(*Evaluation)(nil),            // 6: unslothd.v1.Evaluation
+	(*TrainingWarning)(nil),       // 7: unslothd.v1.TrainingWarning
+	(*Recovery)(nil),              // 8: unslothd.v1.Recovery
+	(*Heartbeat)(nil),             // 9: unslothd.v1.Heartbeat
+	(*TrainingSucceeded)(nil),     // 10: unslothd.v1.TrainingSucceeded
+	(*TrainingFailed)(nil),        // 11: unslothd.v1.TrainingFailed
+	(*TrainingCancelled)(nil),     // 12: unslothd.v1.TrainingCancelled
+	nil,                           // 13: unslothd.v1.Evaluation.MetricsEntry
+	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
+	(*Checkpoint)(nil),            // 15: unslothd.v1.Checkpoint
+	(Training_State)(0),           // 16: unslothd.v1.Training.State
+	(*TrainingPlan)(nil),          // 17: unslothd.v1.TrainingPlan
+	(*status.Status)(nil),         // 18: google.rpc.Status
+	(*TrainingConfig)(nil),        // 19: unslothd.v1.TrainingConfig
+	(*TrainingMetrics)(nil),       // 20: unslothd.v1.TrainingMetrics
 }
 var file_unslothd_v1_training_event_proto_depIdxs = []int32{
-	12, // 0: unslothd.v1.TrainingEvent.event_time:type_name -> google.protobuf.Timestamp
-	1,  // 1: unslothd.v1.TrainingEvent.state_changed:type_name -> unslothd.v1.TrainingStateChanged
-	2,  // 2: unslothd.v1.TrainingEvent.started:type_name -> unslothd.v1.TrainingStarted
-	3,  // 3: unslothd.v1.TrainingEvent.step:type_name -> unslothd.v1.StepProgress
-	4,  // 4: unslothd.v1.TrainingEvent.evaluation:type_name -> unslothd.v1.Evaluation
-	13, // 5: unslothd.v1.TrainingEvent.checkpoint_saved:type_name -> unslothd.v1.Checkpoint
-	5,  // 6: unslothd.v1.TrainingEvent.warning:type_name -> unslothd.v1.TrainingWarning
-	6,  // 7: unslothd.v1.TrainingEvent.recovery:type_name -> unslothd.v1.Recovery
-	7,  // 8: unslothd.v1.TrainingEvent.heartbeat:type_name -> unslothd.v1.Heartbeat
-	8,  // 9: unslothd.v1.TrainingEvent.succeeded:type_name -> unslothd.v1.TrainingSucceeded
-	9,  // 10: unslothd.v1.TrainingEvent.failed:type_name -> unslothd.v1.TrainingFailed
-	10, // 11: unslothd.v1.TrainingEvent.cancelled:type_name -> unslothd.v1.TrainingCancelled
-	14, // 12: unslothd.v1.TrainingStateChanged.state:type_name -> unslothd.v1.Training.State
-	15, // 13: unslothd.v1.TrainingStarted.plan:type_name -> unslothd.v1.TrainingPlan
-	11, // 14: unslothd.v1.Evaluation.metrics:type_name -> unslothd.v1.Evaluation.MetricsEntry
-	16, // 15: unslothd.v1.Recovery.cause:type_name -> google.rpc.Status
-	17, // 16: unslothd.v1.Recovery.config:type_name -> unslothd.v1.TrainingConfig
-	14, // 17: unslothd.v1.Heartbeat.state:type_name -> unslothd.v1.Training.State
-	18, // 18: unslothd.v1.TrainingSucceeded.metrics:type_name -> unslothd.v1.TrainingMetrics
-	16, // 19: unslothd.v1.TrainingFailed.error:type_name -> google.rpc.Status
-	20, // [20:20] is the sub-list for method output_type
-	20, // [20:20] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	14, // 0: unslothd.v1.TrainingEvent.event_time:type_name -> google.protobuf.Timestamp
+	2,  // 1: unslothd.v1.TrainingEvent.state_changed:type_name -> unslothd.v1.TrainingStateChanged
+	4,  // 2: unslothd.v1.TrainingEvent.started:type_name -> unslothd.v1.TrainingStarted
+	5,  // 3: unslothd.v1.TrainingEvent.step:type_name -> unslothd.v1.StepProgress
+	6,  // 4: unslothd.v1.TrainingEvent.evaluation:type_name -> unslothd.v1.Evaluation
+	15, // 5: unslothd.v1.TrainingEvent.checkpoint_saved:type_name -> unslothd.v1.Checkpoint
+	7,  // 6: unslothd.v1.TrainingEvent.warning:type_name -> unslothd.v1.TrainingWarning
+	8,  // 7: unslothd.v1.TrainingEvent.recovery:type_name -> unslothd.v1.Recovery
+	9,  // 8: unslothd.v1.TrainingEvent.heartbeat:type_name -> unslothd.v1.Heartbeat
+	10, // 9: unslothd.v1.TrainingEvent.succeeded:type_name -> unslothd.v1.TrainingSucceeded
+	11, // 10: unslothd.v1.TrainingEvent.failed:type_name -> unslothd.v1.TrainingFailed
+	12, // 11: unslothd.v1.TrainingEvent.cancelled:type_name -> unslothd.v1.TrainingCancelled
+	3,  // 12: unslothd.v1.TrainingEvent.preparing:type_name -> unslothd.v1.TrainingPreparing
+	16, // 13: unslothd.v1.TrainingStateChanged.state:type_name -> unslothd.v1.Training.State
+	0,  // 14: unslothd.v1.TrainingPreparing.phase:type_name -> unslothd.v1.TrainingPreparing.Phase
+	17, // 15: unslothd.v1.TrainingStarted.plan:type_name -> unslothd.v1.TrainingPlan
+	13, // 16: unslothd.v1.Evaluation.metrics:type_name -> unslothd.v1.Evaluation.MetricsEntry
+	18, // 17: unslothd.v1.Recovery.cause:type_name -> google.rpc.Status
+	19, // 18: unslothd.v1.Recovery.config:type_name -> unslothd.v1.TrainingConfig
+	16, // 19: unslothd.v1.Heartbeat.state:type_name -> unslothd.v1.Training.State
+	20, // 20: unslothd.v1.TrainingSucceeded.metrics:type_name -> unslothd.v1.TrainingMetrics
+	18, // 21: unslothd.v1.TrainingFailed.error:type_name -> google.rpc.Status
+	22, // [22:22] is the sub-list for method output_type
+	22, // [22:22] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_unslothd_v1_training_event_proto_init() }
@@ -1187,20 +1326,22 @@ func file_unslothd_v1_training_event_proto_init() {
 		(*TrainingEvent_Succeeded)(nil),
 		(*TrainingEvent_Failed)(nil),
 		(*TrainingEvent_Cancelled)(nil),
+		(*TrainingEvent_Preparing)(nil),
 	}
-	file_unslothd_v1_training_event_proto_msgTypes[3].OneofWrappers = []any{}
+	file_unslothd_v1_training_event_proto_msgTypes[4].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_unslothd_v1_training_event_proto_rawDesc), len(file_unslothd_v1_training_event_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   12,
+			NumEnums:      1,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
 		GoTypes:           file_unslothd_v1_training_event_proto_goTypes,
 		DependencyIndexes: file_unslothd_v1_training_event_proto_depIdxs,
+		EnumInfos:         file_unslothd_v1_training_event_proto_enumTypes,
 		MessageInfos:      file_unslothd_v1_training_event_proto_msgTypes,
 	}.Build()
 	File_unslothd_v1_training_event_proto = out.File

@@ -4,8 +4,8 @@
 // @generated from file unslothd/v1/training_event.proto (package unslothd.v1, syntax proto3)
 /* eslint-disable */
 
-import type { GenFile, GenMessage } from "@bufbuild/protobuf/codegenv2";
-import { fileDesc, messageDesc } from "@bufbuild/protobuf/codegenv2";
+import type { GenEnum, GenFile, GenMessage } from "@bufbuild/protobuf/codegenv2";
+import { enumDesc, fileDesc, messageDesc } from "@bufbuild/protobuf/codegenv2";
 import type { Timestamp } from "@bufbuild/protobuf/wkt";
 import { file_google_protobuf_timestamp } from "@bufbuild/protobuf/wkt";
 import type { Status } from "../../google/rpc/status_pb.js";
@@ -18,7 +18,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file unslothd/v1/training_event.proto.
  */
 export const file_unslothd_v1_training_event: GenFile = /*@__PURE__*/
-  fileDesc("CiB1bnNsb3RoZC92MS90cmFpbmluZ19ldmVudC5wcm90bxILdW5zbG90aGQudjEijAUKDVRyYWluaW5nRXZlbnQSEAoIc2VxdWVuY2UYASABKAQSEwoLdHJhaW5pbmdfaWQYAiABKAkSLgoKZXZlbnRfdGltZRgDIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASOgoNc3RhdGVfY2hhbmdlZBgKIAEoCzIhLnVuc2xvdGhkLnYxLlRyYWluaW5nU3RhdGVDaGFuZ2VkSAASLwoHc3RhcnRlZBgLIAEoCzIcLnVuc2xvdGhkLnYxLlRyYWluaW5nU3RhcnRlZEgAEikKBHN0ZXAYDCABKAsyGS51bnNsb3RoZC52MS5TdGVwUHJvZ3Jlc3NIABItCgpldmFsdWF0aW9uGA0gASgLMhcudW5zbG90aGQudjEuRXZhbHVhdGlvbkgAEjMKEGNoZWNrcG9pbnRfc2F2ZWQYDiABKAsyFy51bnNsb3RoZC52MS5DaGVja3BvaW50SAASLwoHd2FybmluZxgPIAEoCzIcLnVuc2xvdGhkLnYxLlRyYWluaW5nV2FybmluZ0gAEikKCHJlY292ZXJ5GBAgASgLMhUudW5zbG90aGQudjEuUmVjb3ZlcnlIABIrCgloZWFydGJlYXQYESABKAsyFi51bnNsb3RoZC52MS5IZWFydGJlYXRIABIzCglzdWNjZWVkZWQYEiABKAsyHi51bnNsb3RoZC52MS5UcmFpbmluZ1N1Y2NlZWRlZEgAEi0KBmZhaWxlZBgTIAEoCzIbLnVuc2xvdGhkLnYxLlRyYWluaW5nRmFpbGVkSAASMwoJY2FuY2VsbGVkGBQgASgLMh4udW5zbG90aGQudjEuVHJhaW5pbmdDYW5jZWxsZWRIAEIGCgRraW5kIloKFFRyYWluaW5nU3RhdGVDaGFuZ2VkEioKBXN0YXRlGAEgASgOMhsudW5zbG90aGQudjEuVHJhaW5pbmcuU3RhdGUSFgoOcXVldWVfcG9zaXRpb24YAiABKAUimAEKD1RyYWluaW5nU3RhcnRlZBInCgRwbGFuGAEgASgLMhkudW5zbG90aGQudjEuVHJhaW5pbmdQbGFuEg4KBmVuZ2luZRgCIAEoCRIOCgZkZXZpY2UYAyABKAkSDwoHcmVzdW1lZBgEIAEoCBISCgpmaXJzdF9zdGVwGAUgASgFEhcKD3RlbnNvcmJvYXJkX2RpchgGIAEoCSKxAgoMU3RlcFByb2dyZXNzEgwKBHN0ZXAYASABKAUSEwoLdG90YWxfc3RlcHMYAiABKAUSDQoFZXBvY2gYAyABKAESDAoEbG9zcxgEIAEoARIRCglncmFkX25vcm0YBSABKAESFQoNbGVhcm5pbmdfcmF0ZRgGIAEoARIOCgZ0b2tlbnMYByABKAMSGQoRdG9rZW5zX3Blcl9zZWNvbmQYCCABKAESFAoMc3RlcF9zZWNvbmRzGAkgASgBEhMKC2V0YV9zZWNvbmRzGAogASgBEhQKDG1lbW9yeV9ieXRlcxgLIAEoAxIZChFwZWFrX21lbW9yeV9ieXRlcxgMIAEoAxIcCg9ncHVfdXRpbGl6YXRpb24YDSABKAFIAIgBAUISChBfZ3B1X3V0aWxpemF0aW9uIscBCgpFdmFsdWF0aW9uEgwKBHN0ZXAYASABKAUSEQoJZXZhbF9sb3NzGAIgASgBEhIKCnBlcnBsZXhpdHkYAyABKAESDwoHc2Vjb25kcxgEIAEoARI1CgdtZXRyaWNzGAUgAygLMiQudW5zbG90aGQudjEuRXZhbHVhdGlvbi5NZXRyaWNzRW50cnkSDAoEYmVzdBgGIAEoCBouCgxNZXRyaWNzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgBOgI4ASIyCg9UcmFpbmluZ1dhcm5pbmcSDgoGcmVhc29uGAEgASgJEg8KB21lc3NhZ2UYAiABKAkigAEKCFJlY292ZXJ5EiEKBWNhdXNlGAEgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSEwoLcmVzdW1lX3N0ZXAYAiABKAUSKwoGY29uZmlnGAMgASgLMhsudW5zbG90aGQudjEuVHJhaW5pbmdDb25maWcSDwoHYXR0ZW1wdBgEIAEoBSI3CglIZWFydGJlYXQSKgoFc3RhdGUYASABKA4yGy51bnNsb3RoZC52MS5UcmFpbmluZy5TdGF0ZSJWChFUcmFpbmluZ1N1Y2NlZWRlZBItCgdtZXRyaWNzGAEgASgLMhwudW5zbG90aGQudjEuVHJhaW5pbmdNZXRyaWNzEhIKCm91dHB1dF9kaXIYAiABKAkiMwoOVHJhaW5pbmdGYWlsZWQSIQoFZXJyb3IYASABKAsyEi5nb29nbGUucnBjLlN0YXR1cyI1ChFUcmFpbmluZ0NhbmNlbGxlZBIMCgRzdGVwGAEgASgFEhIKCm91dHB1dF9kaXIYAiABKAliBnByb3RvMw", [file_google_protobuf_timestamp, file_google_rpc_status, file_unslothd_v1_training]);
+  fileDesc("CiB1bnNsb3RoZC92MS90cmFpbmluZ19ldmVudC5wcm90bxILdW5zbG90aGQudjEiwQUKDVRyYWluaW5nRXZlbnQSEAoIc2VxdWVuY2UYASABKAQSEwoLdHJhaW5pbmdfaWQYAiABKAkSLgoKZXZlbnRfdGltZRgDIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASOgoNc3RhdGVfY2hhbmdlZBgKIAEoCzIhLnVuc2xvdGhkLnYxLlRyYWluaW5nU3RhdGVDaGFuZ2VkSAASLwoHc3RhcnRlZBgLIAEoCzIcLnVuc2xvdGhkLnYxLlRyYWluaW5nU3RhcnRlZEgAEikKBHN0ZXAYDCABKAsyGS51bnNsb3RoZC52MS5TdGVwUHJvZ3Jlc3NIABItCgpldmFsdWF0aW9uGA0gASgLMhcudW5zbG90aGQudjEuRXZhbHVhdGlvbkgAEjMKEGNoZWNrcG9pbnRfc2F2ZWQYDiABKAsyFy51bnNsb3RoZC52MS5DaGVja3BvaW50SAASLwoHd2FybmluZxgPIAEoCzIcLnVuc2xvdGhkLnYxLlRyYWluaW5nV2FybmluZ0gAEikKCHJlY292ZXJ5GBAgASgLMhUudW5zbG90aGQudjEuUmVjb3ZlcnlIABIrCgloZWFydGJlYXQYESABKAsyFi51bnNsb3RoZC52MS5IZWFydGJlYXRIABIzCglzdWNjZWVkZWQYEiABKAsyHi51bnNsb3RoZC52MS5UcmFpbmluZ1N1Y2NlZWRlZEgAEi0KBmZhaWxlZBgTIAEoCzIbLnVuc2xvdGhkLnYxLlRyYWluaW5nRmFpbGVkSAASMwoJY2FuY2VsbGVkGBQgASgLMh4udW5zbG90aGQudjEuVHJhaW5pbmdDYW5jZWxsZWRIABIzCglwcmVwYXJpbmcYFSABKAsyHi51bnNsb3RoZC52MS5UcmFpbmluZ1ByZXBhcmluZ0gAQgYKBGtpbmQiWgoUVHJhaW5pbmdTdGF0ZUNoYW5nZWQSKgoFc3RhdGUYASABKA4yGy51bnNsb3RoZC52MS5UcmFpbmluZy5TdGF0ZRIWCg5xdWV1ZV9wb3NpdGlvbhgCIAEoBSKqAQoRVHJhaW5pbmdQcmVwYXJpbmcSMwoFcGhhc2UYASABKA4yJC51bnNsb3RoZC52MS5UcmFpbmluZ1ByZXBhcmluZy5QaGFzZRIMCgRkb25lGAIgASgDIlIKBVBoYXNlEhUKEVBIQVNFX1VOU1BFQ0lGSUVEEAASFgoSUEhBU0VfUkVBRElOR19ST1dTEAESGgoWUEhBU0VfTUVBU1VSSU5HX1BBU1NFUxACIpgBCg9UcmFpbmluZ1N0YXJ0ZWQSJwoEcGxhbhgBIAEoCzIZLnVuc2xvdGhkLnYxLlRyYWluaW5nUGxhbhIOCgZlbmdpbmUYAiABKAkSDgoGZGV2aWNlGAMgASgJEg8KB3Jlc3VtZWQYBCABKAgSEgoKZmlyc3Rfc3RlcBgFIAEoBRIXCg90ZW5zb3Jib2FyZF9kaXIYBiABKAkisQIKDFN0ZXBQcm9ncmVzcxIMCgRzdGVwGAEgASgFEhMKC3RvdGFsX3N0ZXBzGAIgASgFEg0KBWVwb2NoGAMgASgBEgwKBGxvc3MYBCABKAESEQoJZ3JhZF9ub3JtGAUgASgBEhUKDWxlYXJuaW5nX3JhdGUYBiABKAESDgoGdG9rZW5zGAcgASgDEhkKEXRva2Vuc19wZXJfc2Vjb25kGAggASgBEhQKDHN0ZXBfc2Vjb25kcxgJIAEoARITCgtldGFfc2Vjb25kcxgKIAEoARIUCgxtZW1vcnlfYnl0ZXMYCyABKAMSGQoRcGVha19tZW1vcnlfYnl0ZXMYDCABKAMSHAoPZ3B1X3V0aWxpemF0aW9uGA0gASgBSACIAQFCEgoQX2dwdV91dGlsaXphdGlvbiLHAQoKRXZhbHVhdGlvbhIMCgRzdGVwGAEgASgFEhEKCWV2YWxfbG9zcxgCIAEoARISCgpwZXJwbGV4aXR5GAMgASgBEg8KB3NlY29uZHMYBCABKAESNQoHbWV0cmljcxgFIAMoCzIkLnVuc2xvdGhkLnYxLkV2YWx1YXRpb24uTWV0cmljc0VudHJ5EgwKBGJlc3QYBiABKAgaLgoMTWV0cmljc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoAToCOAEiMgoPVHJhaW5pbmdXYXJuaW5nEg4KBnJlYXNvbhgBIAEoCRIPCgdtZXNzYWdlGAIgASgJIoABCghSZWNvdmVyeRIhCgVjYXVzZRgBIAEoCzISLmdvb2dsZS5ycGMuU3RhdHVzEhMKC3Jlc3VtZV9zdGVwGAIgASgFEisKBmNvbmZpZxgDIAEoCzIbLnVuc2xvdGhkLnYxLlRyYWluaW5nQ29uZmlnEg8KB2F0dGVtcHQYBCABKAUiNwoJSGVhcnRiZWF0EioKBXN0YXRlGAEgASgOMhsudW5zbG90aGQudjEuVHJhaW5pbmcuU3RhdGUiVgoRVHJhaW5pbmdTdWNjZWVkZWQSLQoHbWV0cmljcxgBIAEoCzIcLnVuc2xvdGhkLnYxLlRyYWluaW5nTWV0cmljcxISCgpvdXRwdXRfZGlyGAIgASgJIjMKDlRyYWluaW5nRmFpbGVkEiEKBWVycm9yGAEgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMiNQoRVHJhaW5pbmdDYW5jZWxsZWQSDAoEc3RlcBgBIAEoBRISCgpvdXRwdXRfZGlyGAIgASgJYgZwcm90bzM", [file_google_protobuf_timestamp, file_google_rpc_status, file_unslothd_v1_training]);
 
 /**
  * One entry of a training's event log. The log is complete: whoever reads it from sequence 1 knows everything that
@@ -143,6 +143,14 @@ export type TrainingEvent = Message<"unslothd.v1.TrainingEvent"> & {
      */
     value: TrainingCancelled;
     case: "cancelled";
+  } | {
+    /**
+     * What it does before its first step goes on.
+     *
+     * @generated from field: unslothd.v1.TrainingPreparing preparing = 21;
+     */
+    value: TrainingPreparing;
+    case: "preparing";
   } | { case: undefined; value?: undefined };
 };
 
@@ -180,6 +188,69 @@ export type TrainingStateChanged = Message<"unslothd.v1.TrainingStateChanged"> &
  */
 export const TrainingStateChangedSchema: GenMessage<TrainingStateChanged> = /*@__PURE__*/
   messageDesc(file_unslothd_v1_training_event, 1);
+
+/**
+ * What a training does between STATE_RUNNING and its started event, told every few seconds where it takes longer than two.
+ *
+ * @generated from message unslothd.v1.TrainingPreparing
+ */
+export type TrainingPreparing = Message<"unslothd.v1.TrainingPreparing"> & {
+  /**
+   * What it is doing.
+   *
+   * @generated from field: unslothd.v1.TrainingPreparing.Phase phase = 1;
+   */
+  phase: TrainingPreparing_Phase;
+
+  /**
+   * Units done in this phase: rows or passes. How many there will be is not known.
+   *
+   * @generated from field: int64 done = 2;
+   */
+  done: bigint;
+};
+
+/**
+ * Describes the message unslothd.v1.TrainingPreparing.
+ * Use `create(TrainingPreparingSchema)` to create a new message.
+ */
+export const TrainingPreparingSchema: GenMessage<TrainingPreparing> = /*@__PURE__*/
+  messageDesc(file_unslothd_v1_training_event, 2);
+
+/**
+ * What it is doing. Phases come in this order.
+ *
+ * @generated from enum unslothd.v1.TrainingPreparing.Phase
+ */
+export enum TrainingPreparing_Phase {
+  /**
+   * Not used.
+   *
+   * @generated from enum value: PHASE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Rows are read, rendered and tokenised; done = rows.
+   *
+   * @generated from enum value: PHASE_READING_ROWS = 1;
+   */
+  READING_ROWS = 1,
+
+  /**
+   * Passes of several sizes are run and timed, to split steps as is fastest; done = passes. The first ones of a kind
+   * are compiled, which may take ten seconds each.
+   *
+   * @generated from enum value: PHASE_MEASURING_PASSES = 2;
+   */
+  MEASURING_PASSES = 2,
+}
+
+/**
+ * Describes the enum unslothd.v1.TrainingPreparing.Phase.
+ */
+export const TrainingPreparing_PhaseSchema: GenEnum<TrainingPreparing_Phase> = /*@__PURE__*/
+  enumDesc(file_unslothd_v1_training_event, 2, 0);
 
 /**
  * What the engine really does, read back from it, not what was asked.
@@ -235,7 +306,7 @@ export type TrainingStarted = Message<"unslothd.v1.TrainingStarted"> & {
  * Use `create(TrainingStartedSchema)` to create a new message.
  */
 export const TrainingStartedSchema: GenMessage<TrainingStarted> = /*@__PURE__*/
-  messageDesc(file_unslothd_v1_training_event, 2);
+  messageDesc(file_unslothd_v1_training_event, 3);
 
 /**
  * One logged optimizer step. With logging_steps > 1 the figures are means over the interval.
@@ -340,7 +411,7 @@ export type StepProgress = Message<"unslothd.v1.StepProgress"> & {
  * Use `create(StepProgressSchema)` to create a new message.
  */
 export const StepProgressSchema: GenMessage<StepProgress> = /*@__PURE__*/
-  messageDesc(file_unslothd_v1_training_event, 3);
+  messageDesc(file_unslothd_v1_training_event, 4);
 
 /**
  * Figures of one evaluation.
@@ -396,7 +467,7 @@ export type Evaluation = Message<"unslothd.v1.Evaluation"> & {
  * Use `create(EvaluationSchema)` to create a new message.
  */
 export const EvaluationSchema: GenMessage<Evaluation> = /*@__PURE__*/
-  messageDesc(file_unslothd_v1_training_event, 4);
+  messageDesc(file_unslothd_v1_training_event, 5);
 
 /**
  * Something the user should know.
@@ -424,7 +495,7 @@ export type TrainingWarning = Message<"unslothd.v1.TrainingWarning"> & {
  * Use `create(TrainingWarningSchema)` to create a new message.
  */
 export const TrainingWarningSchema: GenMessage<TrainingWarning> = /*@__PURE__*/
-  messageDesc(file_unslothd_v1_training_event, 5);
+  messageDesc(file_unslothd_v1_training_event, 6);
 
 /**
  * An automatic repair: what went wrong, what was changed, where training goes on.
@@ -466,7 +537,7 @@ export type Recovery = Message<"unslothd.v1.Recovery"> & {
  * Use `create(RecoverySchema)` to create a new message.
  */
 export const RecoverySchema: GenMessage<Recovery> = /*@__PURE__*/
-  messageDesc(file_unslothd_v1_training_event, 6);
+  messageDesc(file_unslothd_v1_training_event, 7);
 
 /**
  * Sent when a stream has been silent for a few seconds.
@@ -487,7 +558,7 @@ export type Heartbeat = Message<"unslothd.v1.Heartbeat"> & {
  * Use `create(HeartbeatSchema)` to create a new message.
  */
 export const HeartbeatSchema: GenMessage<Heartbeat> = /*@__PURE__*/
-  messageDesc(file_unslothd_v1_training_event, 7);
+  messageDesc(file_unslothd_v1_training_event, 8);
 
 /**
  * The training is done.
@@ -515,7 +586,7 @@ export type TrainingSucceeded = Message<"unslothd.v1.TrainingSucceeded"> & {
  * Use `create(TrainingSucceededSchema)` to create a new message.
  */
 export const TrainingSucceededSchema: GenMessage<TrainingSucceeded> = /*@__PURE__*/
-  messageDesc(file_unslothd_v1_training_event, 8);
+  messageDesc(file_unslothd_v1_training_event, 9);
 
 /**
  * The training failed.
@@ -536,7 +607,7 @@ export type TrainingFailed = Message<"unslothd.v1.TrainingFailed"> & {
  * Use `create(TrainingFailedSchema)` to create a new message.
  */
 export const TrainingFailedSchema: GenMessage<TrainingFailed> = /*@__PURE__*/
-  messageDesc(file_unslothd_v1_training_event, 9);
+  messageDesc(file_unslothd_v1_training_event, 10);
 
 /**
  * The training was stopped on request.
@@ -564,5 +635,5 @@ export type TrainingCancelled = Message<"unslothd.v1.TrainingCancelled"> & {
  * Use `create(TrainingCancelledSchema)` to create a new message.
  */
 export const TrainingCancelledSchema: GenMessage<TrainingCancelled> = /*@__PURE__*/
-  messageDesc(file_unslothd_v1_training_event, 10);
+  messageDesc(file_unslothd_v1_training_event, 11);
 
