@@ -56,11 +56,12 @@ def trained(
     config: TrainingConfig,
     *,
     steps: int = 0,
+    load_in_4bit: bool = False,
     recorded: Recorded | None = None,
 ) -> Run:
     """A training of a model of its own, so that both start from the same weights; 0 steps = to its end."""
     folder.mkdir()
-    loaded: Loaded = engine_runs.load(base, folder, load_in_4bit=False, max_seq_length=MAX_SEQ_LENGTH)
+    loaded: Loaded = engine_runs.load(base, folder, load_in_4bit=load_in_4bit, max_seq_length=MAX_SEQ_LENGTH)
     loaded.prepare(checkpointing=True)
 
     def end(event: TrainingEvent, stop: StopSignal) -> None:
@@ -112,7 +113,10 @@ def test_tuned_passes_have_the_loss_curve_of_fixed_ones(base: Path, tmp_path: Pa
     assert [step.tokens for step in other.of("step")] == [step.tokens for step in one.of("step")]
 
 
-def test_recorded_passes_of_a_long_training_have_the_loss_curve_of_fixed_ones(base: Path, tmp_path: Path):
+@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["16bit", "4bit"])
+def test_recorded_passes_of_a_long_training_have_the_loss_curve_of_fixed_ones(
+    base: Path, tmp_path: Path, load_in_4bit: bool
+):
     steps, drawn = 30, random.Random(0)
     # The last step of an epoch has four rows.
     rows = rows_of([min(900, max(20, int(drawn.lognormvariate(5.2, 0.75)))) for _ in range(8 * (steps - 10) + 4)])
@@ -128,10 +132,10 @@ def test_recorded_passes_of_a_long_training_have_the_loss_curve_of_fixed_ones(ba
     tuned = TrainingConfig()
     tuned.CopyFrom(fixed)
     tuned.micro_batching = MICRO_BATCHING_TUNED
-    one = trained(base, tmp_path / "fixed", rows, fixed, steps=steps)
+    one = trained(base, tmp_path / "fixed", rows, fixed, steps=steps, load_in_4bit=load_in_4bit)
     held = held_bytes()
     recorded = Recorded()
-    other = trained(base, tmp_path / "tuned", rows, tuned, steps=steps, recorded=recorded)
+    other = trained(base, tmp_path / "tuned", rows, tuned, steps=steps, load_in_4bit=load_in_4bit, recorded=recorded)
     apart = max(abs(a - b) / b for a, b in zip(other.losses, one.losses, strict=True))
     told, taken = other.plan.memory_estimate_bytes, max(step.peak_memory_bytes for step in other.of("step"))
     print(f"recorded: most {apart:.1e} apart; {other.plan.passes}{recorded}; {told} bytes told, {taken} taken")

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from support.clock import Clock
 from unslothd.v1.server_info_pb2 import Scope
 from unslothd_server.access import limits as module
 from unslothd_server.access.callers import anonymous, of_certificate
@@ -21,13 +22,6 @@ LIMITS = CallLimits(
     min_upload_bytes_per_second=1.0,
 )
 ALICE, BOB = of_certificate("alice", Scope.SCOPE_READ), of_certificate("bob", Scope.SCOPE_READ)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -2,17 +2,11 @@
 
 import pytest
 
+from support.clock import Clock
 from unslothd.v1.training_event_pb2 import TrainingEvent, TrainingPreparing
 from unslothd_server.engine.preparation import QUIET_SECONDS, TELL_SECONDS, Preparation
 
 ROWS, PASSES = TrainingPreparing.PHASE_READING_ROWS, TrainingPreparing.PHASE_MEASURING_PASSES
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

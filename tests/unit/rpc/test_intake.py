@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from support.clock import Clock
 from unslothd.v1.service_pb2 import UploadDatasetRequest
 from unslothd_server.access.limits import CallLimits
 from unslothd_server.errors import AbortedError
@@ -22,13 +23,6 @@ LIMITS = CallLimits(
     min_upload_bytes_per_second=1000.0,
 )
 CHUNKS = 1000
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def taken(chunk: bytes, *, sender_seconds: float, server_seconds: float = 0.0, limits: CallLimits = LIMITS) -> int:
