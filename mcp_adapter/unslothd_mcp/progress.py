@@ -25,7 +25,7 @@ class StepReports:
         self._preparations = 0
 
     async def take(self, event: unslothd.TrainingEvent) -> None:
-        """Reports an event if it is a step, or goes on before the first one."""
+        """Reports an event if it is a step, or tells what is prepared before the first one."""
         if event.HasField("preparing") and not self._last:
             self._preparations += 1
             # Progress has to rise, and stays below the first step.

@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from unslothd_server.engine import pass_costs, reports
@@ -100,13 +101,10 @@ def go_on(trainer: Any) -> None:
             group = [sequences[position] for position in positions]
             yield _inputs(group, sizes, pad_token_id, joined=split.joined, rows=rows)
 
-    def forget() -> None:
-        forget_recorded(trainer.model)
-
     trainer.passes.cut = cut
     if recorded:
         # What was recorded of passes that do not fit would keep its memory.
-        trainer.passes.zero_gradients = forget
+        trainer.passes.zero_gradients = partial(forget_recorded, trainer.model)
 
 
 def longest_passes(trainer: Any) -> int | None:

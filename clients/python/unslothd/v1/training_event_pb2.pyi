@@ -102,7 +102,7 @@ class TrainingEvent(_message.Message):
 
     @_builtins.property
     def preparing(self) -> Global___TrainingPreparing:
-        """What it does before its first step goes on."""
+        """What it is doing before its first step."""
 
     def __init__(
         self,

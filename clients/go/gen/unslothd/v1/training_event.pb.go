@@ -338,7 +338,7 @@ type TrainingEvent_Cancelled struct {
 }
 
 type TrainingEvent_Preparing struct {
-	// What it does before its first step goes on.
+	// What it is doing before its first step.
 	Preparing *TrainingPreparing `protobuf:"bytes,21,opt,name=preparing,proto3,oneof"`
 }
 

@@ -145,7 +145,7 @@ export type TrainingEvent = Message<"unslothd.v1.TrainingEvent"> & {
     case: "cancelled";
   } | {
     /**
-     * What it does before its first step goes on.
+     * What it is doing before its first step.
      *
      * @generated from field: unslothd.v1.TrainingPreparing preparing = 21;
      */
