@@ -1,12 +1,13 @@
 """Which passes an optimizer step is split into: costs as straight lines over tokens, and the cheapest split that fits.
 
 A pass costs what its launches cost and what its tokens cost. So few large passes are fast, padding is dear only where
-the device and not the host is the limit, and recomputing activations pays only where memory forces small passes.
+the device and not the host is the limit, and recomputing activations pays only where memory forces small passes. Where
+sequences are joined, attention is launched in every layer once for each length among them.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 from statistics import fmean
@@ -53,6 +54,7 @@ class PassCost:
         bytes_per_token: What each token adds.
         most_tokens: Of the largest pass that was run; nothing is known of larger ones.
         recorded: Launches are recorded (CUDA graphs), and every shape that was run keeps memory.
+        seconds_per_length: What each further length among joined sequences adds.
     """
 
     joined: bool
@@ -63,10 +65,16 @@ class PassCost:
     bytes_per_token: float
     most_tokens: int
     recorded: bool = False
+    seconds_per_length: float = 0.0
 
-    def time(self, tokens: int) -> float:
-        """Seconds of a pass."""
-        return self.seconds + self.seconds_per_token * tokens
+    def time(self, tokens: int, lengths: int = 1) -> float:
+        """Seconds of a pass.
+
+        Args:
+            tokens: Of the pass, padding counted.
+            lengths: That its sequences have.
+        """
+        return self.seconds + self.seconds_per_token * tokens + self.seconds_per_length * (lengths - 1)
 
     def memory(self, tokens: int) -> float:
         """Bytes of a pass at its peak."""
@@ -110,6 +118,16 @@ class PassCost:
         memory = _line((small[0], small[2]), (large[0], large[2]))
         return cls(joined, checkpointing, *seconds, *memory, most_tokens=large[0], recorded=recorded)
 
+    def with_lengths(self, tokens: int, lengths: int, seconds: float) -> "PassCost":
+        """The same lines, and what further lengths add, by a pass that has some.
+
+        Args:
+            tokens: Of that pass.
+            lengths: That its sequences have, at least two.
+            seconds: That it took.
+        """
+        return replace(self, seconds_per_length=max(seconds - self.time(tokens), 0.0) / (lengths - 1))
+
 
 def _line(small: tuple[int, float], large: tuple[int, float]) -> tuple[float, float]:
     """Offset and slope, neither below 0."""
@@ -126,14 +144,14 @@ class Choice:
         split: What to do.
         seconds: Of a typical optimizer step, all passes.
         num_bytes: Memory of its largest pass, beyond what is held between passes.
-        launch_seconds: Part of `seconds` that does not depend on tokens.
+        saved_in_one: Part of `seconds` that one pass of the whole step would save: what its other passes cost at least.
         tokens: Of a typical optimizer step, padding not counted.
     """
 
     split: Split
     seconds: float
     num_bytes: float
-    launch_seconds: float
+    saved_in_one: float
     tokens: float
 
 
@@ -202,6 +220,16 @@ class StepSizes:
         while counts[-1] > 1:
             counts.append(-(-counts[-1] // 2))
         return counts
+
+    def typical_pass(self, tokens: int) -> list[int]:
+        """Lengths of the sequences that a typical joined pass has; of those of a step, the pass with most lengths.
+
+        Args:
+            tokens: Most that a pass may have.
+        """
+        steps = sorted(self.sample(), key=sum)
+        cut = _cut(steps[len(steps) // 2], Split(tokens, joined=True, checkpointing=False), self)
+        return max(cut, key=lambda group: len(set(group)))
 
     def sample(self) -> list[list[int]]:
         """Lengths of typical steps; the same for the same rows."""
@@ -278,11 +306,15 @@ def _choices(costs: Sequence[PassCost], sizes: StepSizes) -> Iterator[Choice]:
                 continue
             yield Choice(
                 split,
-                seconds=fmean(sum(cost.time(tokens_of(group, split, sizes)) for group in cut) for cut in cuts),
+                seconds=fmean(sum(_time(group, cost, split, sizes) for group in cut) for cut in cuts),
                 num_bytes=cost.memory_of(split, sizes),
-                launch_seconds=fmean(len(cut) * cost.seconds for cut in cuts),
+                saved_in_one=fmean((len(cut) - 1) * cost.seconds for cut in cuts),
                 tokens=fmean(map(sum, steps)),
             )
+
+
+def _time(group: Sequence[int], cost: PassCost, split: Split, sizes: StepSizes) -> float:
+    return cost.time(tokens_of(group, split, sizes), len(set(group)))
 
 
 def _cut(lengths: Sequence[int], split: Split, sizes: StepSizes) -> list[list[int]]:

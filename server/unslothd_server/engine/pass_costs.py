@@ -12,7 +12,7 @@ from unslothd_server.engine.durable_files import write_text
 from unslothd_server.engine.micro_batching import PassCost, StepSizes
 from unslothd_server.engine.model_loading import LoadedModel
 
-VERSION = 3
+VERSION = 4
 # A device with so much more room may run passes that were not tried.
 MORE_ROOM = 1.2
 

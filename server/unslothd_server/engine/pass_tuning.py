@@ -30,7 +30,7 @@ TIMED_PASSES = 2
 # Padded rows let Unsloth compile each layer and record its launches, which took 50 s on an H100 and can save no more
 # than the time of launches; shorter trainings do without.
 COMPILE_WORTH_SECONDS = 240.0
-# Recomputing activations can only help where launches of small passes are more than this share of a step.
+# Recomputing activations can only help where what larger passes save of launches is more than this share of a step.
 WORTH_CHECKPOINTING = 0.1
 
 
@@ -168,11 +168,9 @@ def _recomputing_may_help(kept: PassCost, probe: "_Probe", room: int) -> bool:
     choice = choose([kept], sizes, room)
     if choice is None:
         return True
-    if choice.split.tokens >= sizes.budget(sizes.sequences, joined=probe.joins):
-        return False
     # One size of passes does not tell what of their time is launches.
-    unknown = kept.most_tokens == sizes.budget(1, joined=probe.joins)
-    return unknown or choice.launch_seconds > WORTH_CHECKPOINTING * choice.seconds
+    unknown = kept.most_tokens == sizes.budget(1, joined=probe.joins) and sizes.sequences > 1
+    return unknown or choice.saved_in_one > WORTH_CHECKPOINTING * choice.seconds
 
 
 @dataclass
@@ -211,12 +209,22 @@ class _Probe:
         small = self._timed(1, joined=self.joins)
         if small is None:
             return None
+        large = small
         for rows in self.sizes.row_counts():
             # Some of what one row takes does not grow with rows, so twice as much is worth a try.
-            large = self._timed(rows, joined=self.joins) if rows > 1 and rows * small[2] <= 2 * room else None
-            if large is not None:
-                return PassCost.through(self.joins, checkpointing, small, large)
-        return PassCost.through(self.joins, checkpointing, small, small)
+            tried = self._timed(rows, joined=self.joins) if rows > 1 and rows * small[2] <= 2 * room else None
+            if tried is not None:
+                large = tried
+                break
+        return self._with_lengths(PassCost.through(self.joins, checkpointing, small, large))
+
+    def _with_lengths(self, cost: PassCost) -> PassCost:
+        """The cost with what further lengths add; packed rows have theirs in all passes."""
+        lengths = self.sizes.typical_pass(cost.most_tokens)
+        if not self.joins or self.trainer.args.packing or len(set(lengths)) == 1:
+            return cost
+        typical = self._timed(len(lengths), joined=True, lengths=lengths)
+        return cost if typical is None else cost.with_lengths(typical[0], len(set(lengths)), typical[1])
 
     def may_record(self, room: int, joined: PassCost) -> bool:
         """True when all shapes of whole steps fit together, by what the same passes take joined."""
@@ -233,7 +241,7 @@ class _Probe:
         set_checkpointing(self.trainer.model, on=joined.checkpointing)
         measured: list[tuple[int, float, float]] = []
         for width in reversed(sizes.widths):
-            timed = self._timed(sizes.sequences, joined=False, width=width)
+            timed = self._timed(sizes.sequences, joined=False, lengths=[width] * sizes.sequences)
             if timed is None:
                 return None
             measured.append(timed)
@@ -242,20 +250,20 @@ class _Probe:
         bytes_of_small = large[2] * tokens / large[0]
         return PassCost.through(False, joined.checkpointing, (tokens, seconds, bytes_of_small), large, recorded=True)
 
-    def _timed(self, rows: int, *, joined: bool, width: int | None = None) -> tuple[int, float, float] | None:
+    def _timed(self, rows: int, *, joined: bool, lengths: list[int] | None = None) -> tuple[int, float, float] | None:
         """Tokens, seconds and bytes of a pass of so many of the longest rows; None when it does not fit.
 
         Args:
             rows: Of the pass.
             joined: As in Split.
-            width: Tokens that the rows are cut to; None = none is cut.
+            lengths: Tokens that each of them is cut to; None = none is cut.
         """
         self.free()
         held, peak = memory_bytes(), Peak()
         try:
             # The first one compiles and fills caches.
-            tokens, _ = self._pass(rows, joined=joined, width=width)
-            seconds = min(self._pass(rows, joined=joined, width=width)[1] for _ in range(TIMED_PASSES))
+            tokens, _ = self._pass(rows, joined=joined, lengths=lengths)
+            seconds = min(self._pass(rows, joined=joined, lengths=lengths)[1] for _ in range(TIMED_PASSES))
         except Exception as error:
             if exhausted(error, "") is None:
                 raise
@@ -266,11 +274,13 @@ class _Probe:
             self.free()
         return tokens, seconds, float(max(peak.bytes() - held, 0))
 
-    def _pass(self, rows: int, *, joined: bool, width: int | None) -> tuple[int, float]:
+    def _pass(self, rows: int, *, joined: bool, lengths: list[int] | None) -> tuple[int, float]:
         self.check()
         trainer = self.trainer
-        whole = sequences_of(trainer.data_collator([self.longest] * rows))
-        sequences = [Sequence(each.ids[:width], each.labels[:width]) for each in whole]
+        sequences = sequences_of(trainer.data_collator([self.longest] * rows))
+        if lengths is not None:
+            pairs = zip(sequences, lengths, strict=True)
+            sequences = [Sequence(each.ids[:length], each.labels[:length]) for each, length in pairs]
         inputs = _inputs(sequences, self.sizes, _pad_token_id(trainer), joined=joined)
         tokens = int(inputs["input_ids"].numel())
         learnt = max(int((inputs["labels"] != IGNORED_LABEL).sum()), 1)

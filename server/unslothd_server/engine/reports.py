@@ -78,6 +78,7 @@ def _pass_cost(cost: micro_batching.PassCost) -> PassCost:
         seconds_per_token=cost.seconds_per_token,
         num_bytes=round(cost.num_bytes),
         bytes_per_token=round(cost.bytes_per_token),
+        seconds_per_length=cost.seconds_per_length,
     )
 
 

@@ -225,7 +225,7 @@ def test_a_step_of_fewer_rows_is_filled_up_where_shapes_are_recorded_and_learns_
 ):
     def whole_steps(costs: Any, sizes: StepSizes, room: float) -> Choice:
         split = Split(sizes.budget(sizes.sequences, joined=False), joined=False, checkpointing=False)
-        return Choice(split, seconds=1.0, num_bytes=0.0, launch_seconds=0.0, tokens=1.0)
+        return Choice(split, seconds=1.0, num_bytes=0.0, saved_in_one=0.0, tokens=1.0)
 
     # Twenty rows: the last step of an epoch has two.
     tuned, fixed, shapes = TrainingConfig(num_train_epochs=2), TrainingConfig(num_train_epochs=2), [(0, 0)]

@@ -86,6 +86,42 @@ def test_lines_go_through_what_was_measured():
     assert (alone.time(2000), alone.memory(2000)) == (pytest.approx(0.4), pytest.approx(4e9))
 
 
+def test_what_further_lengths_add_is_what_a_pass_takes_beyond_the_lines():
+    line = PassCost.through(True, False, small=(1000, 0.2, 2e9), large=(5000, 0.4, 6e9))
+    mixed = line.with_lengths(1000, lengths=5, seconds=0.3)
+    assert mixed.time(1000) == pytest.approx(0.2)
+    assert mixed.time(1000, lengths=5) == pytest.approx(0.3)
+    assert mixed.time(5000, lengths=3) == pytest.approx(0.45)
+    assert line.with_lengths(1000, lengths=5, seconds=0.1).seconds_per_length == 0
+
+
+def test_joined_passes_are_as_slow_as_their_lengths_make_them():
+    joined, padded = cost(seconds=0.1, per_token=1e-6), cost(seconds=0.15, per_token=1e-6, joined=False)
+    assert chosen([joined, padded], MIXED, 80).split.joined is True
+    launches = replace(joined, seconds_per_length=0.03)
+    assert chosen([launches, padded], MIXED, 80).split.joined is False
+    assert chosen([launches], MIXED, 80).seconds > 0.1 + 0.03 * 3
+
+
+def test_rows_of_one_length_add_nothing_for_lengths():
+    assert chosen([replace(cost(seconds=0.2), seconds_per_length=9)], FULL, 80).seconds == pytest.approx(0.2 + 0.16384)
+
+
+def test_a_typical_pass_has_the_lengths_of_rows_and_no_more_tokens_than_it_may():
+    whole = MIXED.typical_pass(10**6)
+    assert len(whole) == 8
+    assert set(whole) <= set(MIXED.lengths)
+    part = MIXED.typical_pass(1500)
+    assert sum(part) <= 1500
+    assert len(set(part)) > 1
+    assert FULL.typical_pass(3 * 2048) == [2048] * 3
+
+
+def test_one_pass_of_a_step_saves_what_the_others_cost():
+    assert chosen([cost(seconds=0.2)], FULL, 80).saved_in_one == 0
+    assert chosen([cost(seconds=0.2)], FULL, 5).saved_in_one == pytest.approx(3 * 0.2)
+
+
 def test_padded_passes_have_few_shapes():
     split = Split(MIXED.budget(8, joined=False), joined=False, checkpointing=False)
     shapes = {

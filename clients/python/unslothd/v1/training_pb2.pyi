@@ -734,6 +734,7 @@ class PassCost(_message.Message):
     SECONDS_PER_TOKEN_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_LENGTH_FIELD_NUMBER: _builtins.int
     joined: _builtins.bool
     """As in PassChoice."""
     use_gradient_checkpointing: _builtins.bool
@@ -746,6 +747,8 @@ class PassCost(_message.Message):
     """Memory beyond what is held between passes, whatever the size, in bytes."""
     bytes_per_token: _builtins.int
     """What each token adds."""
+    seconds_per_length: _builtins.float
+    """What each further length among the sequences of a joined pass adds in seconds: attention is launched once for each."""
     def __init__(
         self,
         *,
@@ -755,10 +758,11 @@ class PassCost(_message.Message):
         seconds_per_token: _builtins.float = ...,
         num_bytes: _builtins.int = ...,
         bytes_per_token: _builtins.int = ...,
+        seconds_per_length: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_token", b"bytes_per_token", "joined", b"joined", "num_bytes", b"num_bytes", "seconds", b"seconds", "seconds_per_token", b"seconds_per_token", "use_gradient_checkpointing", b"use_gradient_checkpointing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_token", b"bytes_per_token", "joined", b"joined", "num_bytes", b"num_bytes", "seconds", b"seconds", "seconds_per_length", b"seconds_per_length", "seconds_per_token", b"seconds_per_token", "use_gradient_checkpointing", b"use_gradient_checkpointing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1171,8 +1171,10 @@ type PassCost struct {
 	NumBytes int64 `protobuf:"varint,5,opt,name=num_bytes,json=numBytes,proto3" json:"num_bytes,omitempty"`
 	// What each token adds.
 	BytesPerToken int64 `protobuf:"varint,6,opt,name=bytes_per_token,json=bytesPerToken,proto3" json:"bytes_per_token,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// What each further length among the sequences of a joined pass adds in seconds: attention is launched once for each.
+	SecondsPerLength float64 `protobuf:"fixed64,7,opt,name=seconds_per_length,json=secondsPerLength,proto3" json:"seconds_per_length,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *PassCost) Reset() {
@@ -1243,6 +1245,13 @@ func (x *PassCost) GetNumBytes() int64 {
 func (x *PassCost) GetBytesPerToken() int64 {
 	if x != nil {
 		return x.BytesPerToken
+	}
+	return 0
+}
+
+func (x *PassCost) GetSecondsPerLength() float64 {
+	if x != nil {
+		return x.SecondsPerLength
 	}
 	return 0
 }
@@ -1487,14 +1496,15 @@ const file_unslothd_v1_training_proto_rawDesc = "" +
 	"remembered\x18\x06 \x01(\bR\n" +
 	"remembered\x12#\n" +
 	"\rprobe_seconds\x18\a \x01(\x01R\fprobeSeconds\x12+\n" +
-	"\x05costs\x18\b \x03(\v2\x15.unslothd.v1.PassCostR\x05costs\"\xeb\x01\n" +
+	"\x05costs\x18\b \x03(\v2\x15.unslothd.v1.PassCostR\x05costs\"\x99\x02\n" +
 	"\bPassCost\x12\x16\n" +
 	"\x06joined\x18\x01 \x01(\bR\x06joined\x12<\n" +
 	"\x1ause_gradient_checkpointing\x18\x02 \x01(\bR\x18useGradientCheckpointing\x12\x18\n" +
 	"\aseconds\x18\x03 \x01(\x01R\aseconds\x12*\n" +
 	"\x11seconds_per_token\x18\x04 \x01(\x01R\x0fsecondsPerToken\x12\x1b\n" +
 	"\tnum_bytes\x18\x05 \x01(\x03R\bnumBytes\x12&\n" +
-	"\x0fbytes_per_token\x18\x06 \x01(\x03R\rbytesPerToken\"}\n" +
+	"\x0fbytes_per_token\x18\x06 \x01(\x03R\rbytesPerToken\x12,\n" +
+	"\x12seconds_per_length\x18\a \x01(\x01R\x10secondsPerLength\"}\n" +
 	"\vRenderedRow\x12\x12\n" +
 	"\x04text\x18\x01 \x01(\tR\x04text\x12\x1d\n" +
 	"\n" +
