@@ -1,4 +1,4 @@
-"""Passes whose launches Unsloth records as CUDA graphs: which those are, how they run, and how they are forgotten.
+"""Passes whose launches Unsloth records as CUDA graphs: which those are, and how they are forgotten.
 
 Unsloth counts the shapes of all passes that a layer class ever had, and records nothing more once there are eight. A
 second training of other widths would get there, so the count begins anew when what was recorded is forgotten.
@@ -6,37 +6,20 @@ second training of other widths would get there, so the count begins anew when w
 
 import gc
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from unslothd_server.engine import attention_lengths
 from unslothd_server.engine.devices import on_gpu
 
 # Where Unsloth's compiled forward keeps its count: variables of the function `run` inside it. Should they go away, the
 # count goes on.
 INSIDE, SHAPES, GIVEN_UP = "run", "graph_shapes", "graphs_off"
-# What a layer gets, as torch names it: the argument that all decoder layers of Transformers and Unsloth begin with.
-LAYER_INPUT = "L['hidden_states']"
 
 
 def may_have_recorded(trainer: Any) -> bool:
     """True when a trainer's passes are of the kind whose launches are recorded."""
     return bool(trainer.passes.split.has_few_shapes) and on_gpu(trainer.model)
-
-
-@contextmanager
-def of_few_widths() -> Iterator[None]:
-    """Inside, passes are as padded ones of few widths should run: attention as long as the rows, one compilation.
-
-    Unsloth marks the width of what a layer gets as one that varies, and then hands on a view of it, which has no mark.
-    The first width would be compiled for itself alone, for some ten seconds, and all others together after it; that
-    first one would then be recorded once more, in the training, as the later compilation serves it too.
-    """
-    import torch
-
-    with attention_lengths.kept(), torch.compiler.config.patch(dynamic_sources=LAYER_INPUT):
-        yield
 
 
 def forget_recorded(model: Any) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from unslothd.v1.training_event_pb2 import TrainingWarning
+from unslothd_server.engine import attention_lengths
 from unslothd_server.engine.evaluation import within_memory
 from unslothd_server.engine.passes import PassSplit, StepPasses
-from unslothd_server.engine.recorded_passes import of_few_widths
 from unslothd_server.engine.step_clock import StepClock
 from unslothd_server.engine.tokens import IGNORED_LABEL
 from unslothd_server.engine.transfers import Reading, sent
@@ -126,7 +126,7 @@ def service_trainer_class(base: Any, clock: StepClock, hooks: TrainerHooks) -> A
                 of_few_shapes: Such passes have few shapes; by default what the split in force says.
             """
             few = self.passes.split.has_few_shapes if of_few_shapes is None else of_few_shapes
-            with of_few_widths() if few else nullcontext():
+            with attention_lengths.kept() if few else nullcontext():
                 return super().training_step(model, inputs, num_items_in_batch)
 
         def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
