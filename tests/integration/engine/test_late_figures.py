@@ -10,7 +10,6 @@ from support.readings import Late, Soon
 from unslothd.v1.model_pb2 import LoraConfig
 from unslothd.v1.training_event_pb2 import TrainingEvent
 from unslothd.v1.training_pb2 import TrainingConfig
-from unslothd_server.engine import service_trainer
 from unslothd_server.engine.transfers import Reading
 from unslothd_server.errors import ExhaustedError
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
@@ -21,9 +20,9 @@ FOUR_STEPS = TrainingConfig(
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Reading]], None]:
+def device(versions: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Reading]], None]:
     """Makes figures of steps come as a kind of reading has them."""
-    return lambda reading: monkeypatch.setattr(service_trainer, "Reading", reading)
+    return lambda reading: monkeypatch.setattr("unslothd_server.engine.service_trainer.Reading", reading)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from support.clock import Clock
-from unslothd_server.engine import pass_tuning
 from unslothd_server.engine.micro_batching import PassCost, StepSizes
 from unslothd_server.engine.sequences import Sequence, joined_inputs, padded_inputs
 
@@ -52,16 +51,20 @@ class Trainer:
             self.clock.now += RUN_SECONDS * len(list(groupby(self.lengths[-1])))
 
 
-@pytest.fixture(autouse=True)
-def no_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def pass_tuning(versions: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, which Unsloth's import has to precede."""
+    from unslothd_server.engine import pass_tuning
+
     def leave(model: Any, *, on: bool) -> None:
-        """The model of these tests knows none."""
+        """The model of these tests knows no checkpointing."""
 
     monkeypatch.setattr(pass_tuning, "set_checkpointing", leave)
+    return pass_tuning
 
 
 @pytest.fixture
-def probe(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trainer], Any]:
+def probe(pass_tuning: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Trainer], Any]:
     def make(trainer: Trainer) -> Any:
         monkeypatch.setattr(pass_tuning, "time", SimpleNamespace(perf_counter=trainer.clock))
         return pass_tuning._Probe(trainer, SIZES, check=lambda: None)
@@ -88,7 +91,7 @@ def test_packed_rows_have_their_lengths_in_every_pass(probe: Callable[[Trainer],
 
 @pytest.mark.parametrize(("rows_that_fit", "kinds"), [(4, 1), (1, 2)])
 def test_recomputing_is_measured_only_where_steps_need_several_passes(
-    probe: Callable[[Trainer], Any], rows_that_fit: int, kinds: int
+    pass_tuning: Any, probe: Callable[[Trainer], Any], rows_that_fit: int, kinds: int
 ):
     # Four rows of typical steps fit into a pass of two of the longest, which takes the least memory of one pass.
     made = probe(Trainer(most_tokens=rows_that_fit * SIZES.longest, joins=True))

@@ -12,7 +12,7 @@ from support.engine_runs import Loaded, LoadTiny, Row, Run, memory
 from unslothd.v1.model_pb2 import LoraConfig
 from unslothd.v1.training_event_pb2 import TrainingEvent, TrainingPreparing
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig
-from unslothd_server.engine import pass_tuning, preparation, recorded_passes
+from unslothd_server.engine import preparation, recorded_passes
 from unslothd_server.engine.micro_batching import Choice, Split, StepSizes
 from unslothd_server.engine.readback import uses_checkpointing
 from unslothd_server.worker.ports import StopSignal, TrainingPaused
@@ -233,8 +233,8 @@ def test_a_step_of_fewer_rows_is_filled_up_where_shapes_are_recorded_and_learns_
         config.MergeFrom(like)
         config.ClearField("max_steps")
     expected = fresh().train(mixed, fixed, name="fixed")
-    monkeypatch.setattr(pass_tuning, "choose", whole_steps)
-    monkeypatch.setattr(pass_tuning, "may_have_recorded", lambda trainer: True)
+    monkeypatch.setattr("unslothd_server.engine.pass_tuning.choose", whole_steps)
+    monkeypatch.setattr("unslothd_server.engine.pass_tuning.may_have_recorded", lambda trainer: True)
     loaded = fresh()
 
     def begin(event: TrainingEvent, stop: StopSignal) -> None:
