@@ -182,6 +182,15 @@ def test_preparing_an_unknown_model_names_the_loaded_ones(stub: UnslothServiceSt
     assert "tiny-unsloth" in error.message
 
 
+def test_wrong_options_are_told_before_the_model_is_looked_for(stub: UnslothServiceStub):
+    # `unslothd train --model` asks so before it loads the model.
+    config = TrainingConfig(learning_rate=-1, max_steps=1, num_train_epochs=1)
+    request = pb.PrepareForTrainingRequest(model_id="nobody", training_config=config, lora=LoraConfig(r=-8))
+    error = error_of(lambda: stub.PrepareForTraining(request, timeout=CALL_SECONDS))
+    assert (error.code, error.reason) == ("INVALID_ARGUMENT", "INVALID_FIELD")
+    assert sorted(error.fields) == ["lora.r", "training_config", "training_config.learning_rate"]
+
+
 def test_the_path_of_a_secret_is_refused(stub: UnslothServiceStub):
     error = error_of(lambda: stub.LoadModel(pb.LoadModelRequest(model_name="/etc/shadow")))
     assert (error.code, error.reason) == ("PERMISSION_DENIED", "PATH_NOT_ALLOWED")

@@ -182,8 +182,11 @@ def test_train_loads_prepares_and_trains(server, say, cli, rows):
     measuring = training_event_pb2.TrainingPreparing(phase="PHASE_MEASURING_PASSES", done=7)
     begun = [say.event(1, preparing=measuring), say.event(2, started=started)]
     events = [*begun, say.event(3, warning=warning), 4, say.succeeded(5)]
+    # Options are checked before the load, with the name of a model that there is not.
+    missing = say.refuse(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", "no such model")
+    prepared = say.answer(service_pb2.PrepareForTrainingResponse(model=READY))
+    server.script.on("PrepareForTraining", missing, prepared)
     server.script.on("LoadModel", say.messages(service_pb2.LoadModelResponse(model=READY)))
-    server.script.on("PrepareForTraining", say.answer(service_pb2.PrepareForTrainingResponse(model=READY)))
     server.script.on("Train", say.events(*events))
     arguments = ["--dataset", rows, "--lora-r", "8", "--max-steps", "3", "--label", "experiment=7"]
     done = cli("train", "--model", "tiny", *arguments, "--row-format", "text")
@@ -199,7 +202,9 @@ def test_train_loads_prepares_and_trains(server, say, cli, rows):
     ):
         assert text in done.stdout
     assert "unslothd generate tiny-unsloth" in done.stderr
-    assert server.script.calls("PrepareForTraining")[0].lora.r == 8
+    checked, asked = server.script.calls("PrepareForTraining")
+    assert checked.model_id != asked.model_id == "tiny-unsloth"
+    assert (checked.lora.r, checked.training_config.max_steps, asked.lora.r) == (8, 3, 8)
     request = server.script.calls("Train")[0]
     assert request.model_id == "tiny-unsloth"
     assert request.training_config == training_pb2.TrainingConfig(max_steps=3)
@@ -251,6 +256,18 @@ def test_a_refusal_after_a_load_says_how_to_take_the_model_that_is_loaded_now(se
     assert done.exit_code == 1
     assert "--model-id tiny-unsloth" in done.stderr
     assert "INVALID_FIELD" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_options_that_the_server_refuses_load_no_model(server, say, cli, rows, command):
+    refusal = say.refuse(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", "no", learning_rate="too large")
+    server.script.on("PrepareForTraining", refusal)
+    done = cli(command, "--model", "tiny", "--dataset", rows, "--learning-rate", "7", "--lora-r", "8")
+    assert done.exit_code == 1
+    assert "INVALID_FIELD" in done.stderr
+    (asked,) = server.script.calls("PrepareForTraining")
+    assert (asked.training_config.learning_rate, asked.lora.r) == (7, 8)
+    assert server.script.calls("LoadModel") == []
 
 
 def test_a_refusal_of_a_model_that_was_named_by_its_id_says_nothing_of_a_load(server, say, cli, rows):

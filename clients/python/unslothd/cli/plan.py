@@ -53,7 +53,7 @@ def plan(
     choice = Choice(model, model_id, load_options, lora)
     rows, eval_rows = parse_dataset(dataset), parse_dataset(eval_dataset) if eval_dataset else None
     with session(server, as_json) as opened:
-        with prepared(opened, choice) as ready:
+        with prepared(opened, choice, config) as ready:
             found = opened.client.plan(
                 ready,
                 rows,

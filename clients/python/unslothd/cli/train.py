@@ -1,7 +1,8 @@
 """`unslothd train`: load, prepare and train in one command, watched live."""
 
+import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -77,7 +78,7 @@ def train(
     rows, eval_rows = parse_dataset(dataset), parse_dataset(eval_dataset) if eval_dataset else None
     labels = options.labels(label or [])
     with session(server, as_json) as opened:
-        with prepared(opened, choice) as ready:
+        with prepared(opened, choice, config) as ready:
             run = opened.client.train(
                 ready,
                 rows,
@@ -97,10 +98,17 @@ def train(
 
 
 @contextmanager
-def prepared(opened: Session, choice: Choice) -> Generator[str]:
-    """Gives the id of a model that is ready to be trained; where that is refused, says that the model stays loaded."""
+def prepared(opened: Session, choice: Choice, config: unslothd.TrainingOptions) -> Generator[str]:
+    """Gives the id of a model that is ready to be trained; where that is refused, says that the model stays loaded.
+
+    Args:
+        opened: The connection.
+        choice: The model; one that is named is loaded, once the server takes the options.
+        config: That the training will be started with.
+    """
     client, out = opened.client, opened.out
     if choice.model is not None:
+        _check_options(client, choice.lora, config)
         model = opened.load_model(choice.model, choice.load)
         if not out.as_json:
             models.show_loaded(model, out)
@@ -113,6 +121,16 @@ def prepared(opened: Session, choice: Choice) -> Generator[str]:
     except unslothd.UnslothdError:
         say_stays_loaded(model.model_id, choice, out)
         raise
+
+
+def _check_options(client: unslothd.Client, lora: unslothd.LoraOptions, config: unslothd.TrainingOptions) -> None:
+    """Raises what the server refuses of the options, before a load that may take minutes.
+
+    A server checks every field of a request before it looks for the model, and there is none of this name.
+    """
+    if lora or config:
+        with suppress(unslothd.errors.NotFound):
+            client.prepare(f"no-model-{uuid.uuid4()}", lora=lora or None, **config)
 
 
 def say_stays_loaded(model_id: str, choice: Choice, out: Output) -> None:
