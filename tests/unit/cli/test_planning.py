@@ -66,6 +66,7 @@ def test_a_plan_shows_rows_tokens_memory_speed_config_and_warnings(planning, cli
     ):
         assert text in shown.stdout
     assert "warning: 3 rows were cut at 512 tokens." in shown.stderr
+    assert "measuring passes on the model's device" in shown.stderr
     request = planning.script.calls("PlanTraining")[0]
     assert (request.model_id, request.measure, request.preview_rows) == ("tiny-unsloth", True, 3)
     assert request.training_config == training_pb2.TrainingConfig(max_steps=60)
@@ -75,6 +76,7 @@ def test_a_plan_shows_rows_tokens_memory_speed_config_and_warnings(planning, cli
 def test_a_plan_with_json_is_one_object(planning, cli, rows):
     shown = cli("plan", "--model-id", "tiny-unsloth", "--dataset", rows, "--json")
     assert json.loads(shown.stdout)["preview"][0]["loss_spans"] == [17, 26]
+    assert shown.stderr == ""
 
 
 def test_a_plan_needs_a_model_as_train_does(cli, rows):
@@ -86,6 +88,7 @@ def test_a_terminal_dims_what_carries_no_loss(planning, rows):
     assert code == 0
     assert "\x1b[2m<|user|>Hi<|bot|>\x1b[0m\x1b[1mHello</s>\x1b[0m" in shown
     assert "Dimmed text carries no loss" in shown
+    assert "reading the rows as the training would" in shown
 
 
 def styles(text: Text) -> list[tuple[str, str]]:

@@ -12,6 +12,8 @@ from unslothd.cli.session import Output, session
 from unslothd.cli.train import Choice, parse_dataset, prepared, say_stays_loaded
 from unslothd.v1.training_pb2 import RenderedRow
 
+_PLANNING = "reading the rows as the training would"
+_MEASURING = "reading the rows and measuring passes on the model's device; this may take a minute"
 _LONGEST_SHOWN = 4000
 _NAME_WIDTH = 12
 # Control characters would act on the terminal; their pictures have the same length, so that spans still fit.
@@ -53,7 +55,7 @@ def plan(
     choice = Choice(model, model_id, load_options, lora)
     rows, eval_rows = parse_dataset(dataset), parse_dataset(eval_dataset) if eval_dataset else None
     with session(server, as_json) as opened:
-        with prepared(opened, choice, config) as ready:
+        with prepared(opened, choice, config) as ready, opened.out.waiting(_MEASURING if measure else _PLANNING):
             found = opened.client.plan(
                 ready,
                 rows,

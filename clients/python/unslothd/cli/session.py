@@ -51,6 +51,20 @@ class Output:
         """Prints a line for people to stderr."""
         self.notes.print(Text(text, style=style))
 
+    @contextmanager
+    def waiting(self, text: str) -> Generator[None]:
+        """Says on stderr what is waited for; on a terminal it moves, and goes away when that is over.
+
+        With --json it says nothing, so that all there is on stderr is an error to parse.
+        """
+        if self.notes.is_terminal and not self.as_json:
+            with self.notes.status(Text(text)):
+                yield
+            return
+        if not self.as_json:
+            self.note(text)
+        yield
+
     def error(self, error: unslothd.UnslothdError) -> None:
         """Prints an error to stderr: its text, or with --json all of it."""
         if self.as_json:
