@@ -35,8 +35,8 @@ def random_models(tmp_path_factory: pytest.TempPathFactory) -> RandomModels:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, random_models: RandomModels) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("gpu")
-    with RunningServer(folder) as running:
-        random_models.put(running.model_root / "llama-1b")
+    random_models.made()
+    with RunningServer(folder, arguments=("--model-root", str(random_models.root))) as running:
         yield running
         print(running.log.read_text()[-4000:])
 
@@ -48,11 +48,15 @@ def stub(server: RunningServer) -> Iterator[UnslothServiceStub]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, random_models: RandomModels) -> Iterator[Path]:
-    """The same Llama for tests of the engine in this process, with its libraries imported."""
-    folder = tmp_path_factory.mktemp("models") / "llama-1b"
-    random_models.put(folder)
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For tests of the engine in this process: its libraries, which write to the folder they run in."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("cwd"))
         UnslothEngine().import_libraries()
-        yield folder
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(libraries: None, random_models: RandomModels) -> Path:
+    """The Llama of the server, for tests of the engine in this process."""
+    return random_models.made()

@@ -19,12 +19,13 @@ CONFIG = TrainingConfig(max_steps=STEPS, save_steps=2, warmup_steps=0, batch_siz
 
 
 def test_a_training_survives_a_broken_cuda_context(tmp_path: Path, random_models: RandomModels):
-    with RunningServer(tmp_path, program=Path(cuda_fault_server.__file__)) as server:
-        random_models.put(server.model_root / "llama-1b")
+    random_models.made()
+    arguments = ("--model-root", str(random_models.root))
+    with RunningServer(tmp_path, program=Path(cuda_fault_server.__file__), arguments=arguments) as server:
         rows = [json.dumps({"text": f"{number} is a number. " * 40}) for number in range(4 * STEPS)]
         (server.model_root / "rows.jsonl").write_text("\n".join(rows))
         stub = server.stub()
-        model = prepare(stub, load(stub, "llama-1b", load_in_4bit=False, max_seq_length=512).model_id, CONFIG)
+        model = prepare(stub, load(stub, "llama-3.2-1b", load_in_4bit=False, max_seq_length=512).model_id, CONFIG)
 
         events = list(train(stub, model.model_id, DatasetSource(path="rows.jsonl")))
 

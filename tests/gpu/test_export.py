@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ import pytest
 
 from support import engine_runs
 from support.engine_runs import Loaded
-from support.gpu_models import RandomModels
 from unslothd.v1.artifact_pb2 import ExportFormat
 from unslothd.v1.training_pb2 import TrainingConfig
 from unslothd.worker.v1.worker_service_pb2 import ExportModelRequest
-from unslothd_server.engine.unsloth_engine import UnslothEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 
@@ -46,22 +43,12 @@ print(json.dumps({"logits": logits.tolist(), "is_4bit": "Linear4bit" in kinds, "
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, random_models: RandomModels) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "llama-1b"
-    random_models.put(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("cwd"))
-        UnslothEngine().import_libraries()
-        loaded = engine_runs.load(base, tmp_path_factory.mktemp("out"), load_in_4bit=True)
-        loaded.prepare()
-        rows = [{"text": "The quick brown fox jumps over the lazy dog. " * (1 + number % 3)} for number in range(16)]
-        loaded.train(rows, TrainingConfig(max_steps=5, warmup_steps=0, learning_rate=1e-3))
-        yield loaded
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    loaded = engine_runs.load(base, tmp_path_factory.mktemp("out"), load_in_4bit=True)
+    loaded.prepare()
+    rows = [{"text": "The quick brown fox jumps over the lazy dog. " * (1 + number % 3)} for number in range(16)]
+    loaded.train(rows, TrainingConfig(max_steps=5, warmup_steps=0, learning_rate=1e-3))
+    return loaded
 
 
 def bits_of(loaded: Loaded) -> dict[str, str]:

@@ -11,7 +11,6 @@ from support import engine_runs
 from support.gpu_models import RandomModels
 from unslothd.v1.training_pb2 import MICRO_BATCHING_TUNED, TrainingConfig
 from unslothd_server.engine.devices import bytes_in_ram, device_name
-from unslothd_server.engine.unsloth_engine import UnslothEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 
@@ -23,12 +22,9 @@ ROWS = [{"text": f"{number} is a number. " + "The fox jumps. " * 60} for number 
 
 
 @pytest.fixture
-def untied(tmp_path: Path, random_models: RandomModels, monkeypatch: pytest.MonkeyPatch) -> Path:
+def untied(libraries: None, random_models: RandomModels) -> Path:
     """A model whose input embedding is not its head too."""
-    random_models.put(tmp_path / "tinyllama", "tinyllama-1.1b")
-    monkeypatch.chdir(tmp_path)
-    UnslothEngine().import_libraries()
-    return tmp_path / "tinyllama"
+    return random_models.made("tinyllama-1.1b")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ GIB = 1024**3
 def test_a_model_is_trained_paused_resumed_asked_and_exported(
     server: RunningServer, stub: UnslothServiceStub, load_in_4bit: bool
 ):
-    model = load(stub, "llama-1b", max_seq_length=256, load_in_4bit=load_in_4bit)
+    model = load(stub, "llama-3.2-1b", max_seq_length=256, load_in_4bit=load_in_4bit)
     assert (model.load_in_4bit, model.dtype) == (load_in_4bit, "bfloat16")
     model_id = prepare(stub, model.model_id, CONFIG).model_id
 

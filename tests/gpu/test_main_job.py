@@ -43,7 +43,7 @@ def test_a_1b_llama_in_4_bit_trains_20_steps_and_gives_all_memory_back(server: R
     write_rows(server.model_root / "rows.jsonl", count=8 * STEPS, words=2 * MAX_SEQ_LENGTH)
     before = device_bytes()
 
-    model = load(stub, "llama-1b", max_seq_length=MAX_SEQ_LENGTH)
+    model = load(stub, "llama-3.2-1b", max_seq_length=MAX_SEQ_LENGTH)
     loaded = device_bytes()
     assert (model.load_in_4bit, model.dtype, model.device) == (True, "bfloat16", "cuda:0")
     assert model.total_params == PARAMETERS["llama-3.2-1b"]
@@ -98,8 +98,8 @@ def test_two_models_share_one_gpu_and_one_keeps_training_when_the_other_goes(
     server: RunningServer, stub: UnslothServiceStub
 ):
     write_rows(server.model_root / "few.jsonl", count=40, words=200)
-    first = load(stub, "llama-1b", max_seq_length=256)
-    second = load(stub, "llama-1b", max_seq_length=256, load_in_4bit=False)
+    first = load(stub, "llama-3.2-1b", max_seq_length=256)
+    second = load(stub, "llama-3.2-1b", max_seq_length=256, load_in_4bit=False)
     assert (second.load_in_4bit, second.dtype) == (False, "bfloat16")
     for model in (first, second):
         prepare(stub, model.model_id, TrainingConfig(max_steps=5, warmup_steps=1))

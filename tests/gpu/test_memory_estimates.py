@@ -1,7 +1,6 @@
 """What a training is said to need of a GPU is what it takes."""
 
 import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from support import engine_runs
 from support.engine_runs import Loaded, Row
 from support.gpu_models import RandomModels
 from unslothd.v1.training_pb2 import TrainingConfig
-from unslothd_server.engine.unsloth_engine import UnslothEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(540)]
 
@@ -18,21 +16,6 @@ MAX_SEQ_LENGTH = 2048
 # Tokens of a row, sequences of a pass, checkpointing.
 PASSES = [(2048, 2, True), (2048, 4, False), (512, 8, False), (1024, 8, True)]
 APART = 0.1
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, random_models: RandomModels) -> Iterator[Callable[[str], Path]]:
-    folder = tmp_path_factory.mktemp("models")
-
-    def make(shape: str) -> Path:
-        if not (folder / shape).exists():
-            random_models.put(folder / shape, shape)
-        return folder / shape
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("cwd"))
-        UnslothEngine().import_libraries()
-        yield make
 
 
 def rows_of(length: int, count: int) -> list[Row]:
@@ -56,9 +39,10 @@ def estimate_and_peak(loaded: Loaded, length: int, batch_size: int, *, checkpoin
 @pytest.mark.parametrize("load_in_4bit", [False, True], ids=["16bit", "4bit"])
 @pytest.mark.parametrize("shape", ["qwen-2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b"])
 def test_what_is_told_of_memory_is_within_a_tenth_of_the_peak(
-    made: Callable[[str], Path], tmp_path: Path, shape: str, load_in_4bit: bool
+    libraries: None, random_models: RandomModels, tmp_path: Path, shape: str, load_in_4bit: bool
 ):
-    loaded = engine_runs.load(made(shape), tmp_path, load_in_4bit=load_in_4bit, max_seq_length=MAX_SEQ_LENGTH)
+    base = random_models.made(shape)
+    loaded = engine_runs.load(base, tmp_path, load_in_4bit=load_in_4bit, max_seq_length=MAX_SEQ_LENGTH)
     loaded.prepare(checkpointing=True)  # as the server does by default: Unsloth then keeps inputs of layers in RAM
     found = {passes: estimate_and_peak(loaded, *passes[:2], checkpointing=passes[2]) for passes in PASSES}
     loaded.engine._loaded = None  # gives the device back before the next model comes

@@ -1,10 +1,12 @@
 """A spare worker on a GPU host: it holds no more of the device than a context, and its load has no import."""
 
 import time
+from pathlib import Path
 
 import pytest
 
 from support.calls import CALL_SECONDS
+from support.gpu_models import RandomModels
 from support.running_server import RunningServer
 from support.waiting import wait_until
 from unslothd.v1 import service_pb2 as pb
@@ -17,9 +19,10 @@ IMPORT_SECONDS = 300
 CONTEXT_BYTES = 1024 * 1024 * 1024
 
 
-def test_a_spare_holds_no_more_than_a_context_and_its_load_has_no_import(server: RunningServer, tmp_path_factory):
-    arguments = ("--model-root", str(server.model_root), "--warm-workers", "1")
-    with RunningServer(tmp_path_factory.mktemp("warm"), arguments=arguments) as warm:
+def test_a_spare_holds_no_more_than_a_context_and_its_load_has_no_import(tmp_path: Path, random_models: RandomModels):
+    random_models.made()
+    arguments = ("--model-root", str(random_models.root), "--warm-workers", "1")
+    with RunningServer(tmp_path, arguments=arguments) as warm:
         stub = warm.stub()
 
         def info() -> pb.GetServerInfoResponse:
@@ -29,7 +32,7 @@ def test_a_spare_holds_no_more_than_a_context_and_its_load_has_no_import(server:
         wait_until(lambda: info().warm_workers > 0, IMPORT_SECONDS)
         assert before - info().devices[0].free_memory_bytes < CONTEXT_BYTES
 
-        request = pb.LoadModelRequest(model_name="llama-1b", max_seq_length=512)
+        request = pb.LoadModelRequest(model_name="llama-3.2-1b", max_seq_length=512)
         began = time.monotonic()
         responses = list(stub.LoadModel(request, timeout=CALL_SECONDS))
         print(f"warm LoadModel: {time.monotonic() - began:.2f} s")

@@ -15,27 +15,29 @@ BUILD_SECONDS = 240.0
 class RandomModels:
     """Models that are made once, whatever processes of a run of the tests need them.
 
+    Everyone reads the same folder, which nobody changes. A hard link of its files, made while somebody loads them,
+    would: it gives them a new time of change, and a model whose files change while they are read is refused.
+
     Args:
-        folder: Of all of them; the same for all these processes.
+        root: The folder of all of them; the same for all these processes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(exist_ok=True)
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(exist_ok=True)
 
-    def put(self, folder: Path, shape: str = "llama-3.2-1b") -> None:
-        """Puts a random Llama where a test wants it; its files are those of the one that was made: they take no room.
+    def made(self, shape: str = "llama-3.2-1b") -> Path:
+        """Returns the folder of a random Llama: the one of that name in the root. Do not write to it.
 
         Args:
-            folder: Is made.
             shape: As in random_llama.
         """
-        made = self._folder / shape
-        with (self._folder / f"{shape}.lock").open("a") as lock:
+        folder = self.root / shape
+        with (self.root / f"{shape}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not made.exists():
-                _make(self._folder / f"{shape}.partial", shape).rename(made)
-        shutil.copytree(made, folder, copy_function=os.link)
+            if not folder.exists():
+                _make(self.root / f"{shape}.partial", shape).rename(folder)
+        return folder
 
 
 def _make(folder: Path, shape: str) -> Path:
