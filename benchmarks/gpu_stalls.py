@@ -8,15 +8,16 @@ are told too. TORCH_LOGS=recompiles in the environment has torch say why it comp
 """
 
 import argparse
+import faulthandler
 import json
-import sys
+import re
 import tempfile
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from _common import Figures, columns, options_parser, run, say
 from _made import random_model, write_rows
@@ -33,6 +34,9 @@ OFTEN = 0.3
 INNER = 25
 # As gpu.py plans: what tuning may spend depends on how long a training is.
 PLANNED_STEPS = 3000
+# As faulthandler writes them.
+THREAD = re.compile(r"(?:Current thread|Thread) (0x[0-9a-f]+)")
+FRAME = re.compile(r'  File "(.*)", line \S+ in (.*)')
 COUNTS = ("graphs compiled", "inputs recorded")
 
 
@@ -190,25 +194,37 @@ class Onlooker:
 
     def _look(self) -> None:
         trainer = threading.main_thread().ident
-        while not self._over.wait(1 / LOOKS_PER_SECOND):
-            current = self._current
-            if current is None:
-                continue
-            # Threads of the backward pass are torch's own, which Python's threading does not know.
-            of_python = {thread.ident for thread in threading.enumerate()}
-            for ident, frame in sys._current_frames().items():
-                if ident == trainer or ident not in of_python:
-                    current.look(_functions(frame))
+        with tempfile.TemporaryFile("w+") as dump:
+            while not self._over.wait(1 / LOOKS_PER_SECOND):
+                current = self._current
+                if current is None:
+                    continue
+                # Threads of the backward pass are torch's own, which Python's threading does not know.
+                of_python = {thread.ident for thread in threading.enumerate()}
+                for ident, frames in _running(dump):
+                    if ident == trainer or ident not in of_python:
+                        current.look(frames)
 
 
-def _functions(frame: Any) -> list[str]:
-    """Of a thread, outer ones first."""
-    found: list[str] = []
-    while frame is not None:
-        code = frame.f_code
-        found.append(f"{'/'.join(Path(code.co_filename).parts[-2:])} {code.co_name}")
-        frame = frame.f_back
-    return found[::-1]
+def _running(dump: TextIO) -> list[tuple[int, list[str]]]:
+    """Each thread that runs Python, and its functions, outer ones first.
+
+    sys._current_frames would keep the tensors of a function beyond its end, which fails a recording of launches.
+
+    Args:
+        dump: A file of its own, which is written over.
+    """
+    dump.seek(0)
+    dump.truncate()
+    faulthandler.dump_traceback(dump)
+    dump.seek(0)
+    threads: list[tuple[int, list[str]]] = []
+    for line in dump:
+        if thread := THREAD.match(line):
+            threads.append((int(thread[1], 16), []))
+        elif threads and (frame := FRAME.match(line)):
+            threads[-1][1].insert(0, f"{'/'.join(Path(frame[1]).parts[-2:])} {frame[2]}")
+    return threads
 
 
 def table(figures: Figures) -> str:
