@@ -10,6 +10,7 @@ are told too. TORCH_LOGS=recompiles in the environment has torch say why it comp
 import argparse
 import faulthandler
 import json
+import os
 import re
 import tempfile
 import threading
@@ -56,9 +57,11 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(options: argparse.Namespace) -> Figures:
     """Trains, and looks on."""
-    UnslothEngine().import_libraries()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # What an earlier run compiled would hide what this one waits for.
+        os.environ |= {cache: str(folder / cache) for cache in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        UnslothEngine().import_libraries()
         model = options.model or random_model(folder / "model", options.shape)
         rows = folder / "rows.jsonl"
         write_rows(rows, 1800, words=None if options.mixed else options.max_seq_length + 100)
