@@ -1,6 +1,7 @@
 """Carries out flows (`_flows.py`): `SyncDriver` over grpc.Channel, `AsyncDriver` over grpc.aio.Channel."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from google.protobuf.message import Message
 
 from unslothd import _operations, errors
 from unslothd._operations import ItemT, ResultT
+from unslothd._stream_reader import StreamReader
 from unslothd.v1.service_pb2_grpc import UnslothServiceStub
 
 Metadata = tuple[tuple[str, str], ...]
@@ -113,15 +115,22 @@ class _Driver(Generic[ItemT, ResultT]):
 class SyncDriver(_Driver[ItemT, ResultT]):
     """Iterates over what a flow emits; blocks in between."""
 
+    _reader: StreamReader | None = None
+    _interrupted: _operations.Operation | None = None
+
     def __iter__(self) -> Iterator[ItemT]:
         return self
 
     def __next__(self) -> ItemT:
-        while (operation := self._step()) is not None:
+        while (operation := self._next_operation()) is not None:
             if isinstance(operation, _operations.Emit):
                 return operation.item
             try:
                 self._reply = self._perform(operation)
+            except KeyboardInterrupt:
+                # The stream goes on, and so may whoever reads it: with the same message.
+                self._interrupted = operation if isinstance(operation, _operations.Next) else None
+                raise
             except grpc.RpcError as error:
                 self._error = self._transport.translated(error)
             except (errors.UnslothdError, OSError) as error:  # of a Blocking
@@ -134,6 +143,10 @@ class SyncDriver(_Driver[ItemT, ResultT]):
             pass
         return self.result
 
+    def _next_operation(self) -> _operations.Operation | _operations.Emit[ItemT] | None:
+        interrupted, self._interrupted = self._interrupted, None
+        return interrupted or self._step()
+
     def _perform(self, operation: _operations.Operation) -> Any:
         match operation:
             case _operations.Unary():
@@ -143,8 +156,7 @@ class SyncDriver(_Driver[ItemT, ResultT]):
             case _operations.OpenStream():
                 return self._open(operation)
             case _operations.Next():
-                stream = self._stream  # None after close() in another thread
-                return None if stream is None else next(stream, None)
+                return self._next_message()
             case _operations.CloseStream():
                 self._cancel_stream()
             case _operations.Sleep():
@@ -152,6 +164,21 @@ class SyncDriver(_Driver[ItemT, ResultT]):
             case _operations.Blocking():
                 return operation.call()
         return None
+
+    def _next_message(self) -> Any:
+        stream = self._stream
+        if stream is None:  # after close() in another thread
+            return None
+        reader = self._reader
+        if reader is None:
+            if threading.current_thread() is not threading.main_thread():
+                return next(stream, None)
+            reader = self._reader = StreamReader(stream)
+        return reader.next()
+
+    def _cancel_stream(self) -> None:
+        super()._cancel_stream()
+        self._reader = None
 
 
 def _response_of(call: Any) -> Any:
