@@ -8,9 +8,13 @@ cancelled. So the main thread waits outside grpc, at places that it can leave an
 import _thread
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
+
+# Seconds, as in grpc: Python tells the main thread of a signal that came just before a wait only when the wait is over.
+LONGEST_WAIT = 0.2
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class StreamReader:
         shared = self._shared
         shared.asked.put(None)
         while (outcome := shared.outcome) is None:
-            shared.answered.get()
+            with suppress(Empty):
+                shared.answered.get(timeout=LONGEST_WAIT)
         if not outcome.is_last:
             shared.outcome = None
         if outcome.error is not None:

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -117,6 +118,23 @@ def test_after_a_ctrl_c_in_the_wait_iterating_goes_on_with_the_same_piece(server
             text.close()
             assert place < MOST_PLACES
     assert places_in_the_wait
+
+
+def test_a_signal_that_does_not_wake_the_wait_is_noticed_all_the_same():
+    over = threading.Event()
+
+    class Stream:
+        def __next__(self) -> int:
+            # Another thread than the one that waits takes the signal, as when it comes just before the wait.
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+            over.wait(SECONDS)
+            return 1
+
+    reader = StreamReader(Stream())
+    with pytest.raises(KeyboardInterrupt):
+        reader.next()
+    over.set()
+    assert reader.next() == 1
 
 
 def test_an_error_of_the_stream_is_raised_again_and_again():
