@@ -46,7 +46,8 @@ class StreamReader:
     def next(self) -> Any:
         """Waits for the next message, and returns None at the end of the stream. Raises what the stream raises.
 
-        After a KeyboardInterrupt it can be called again: no message is lost.
+        After a KeyboardInterrupt it can be called again, and gives the same message: only one that strikes as a message
+        is returned takes it along.
         """
         shared = self._shared
         shared.asked.put(None)
